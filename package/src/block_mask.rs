@@ -1,0 +1,207 @@
+use crate::error::FoldError;
+
+/// The tree-attention mask in blocks: for every query block, which key blocks it sees whole and
+/// which in part. Key blocks that are listed nowhere are not seen.
+///
+/// Block `b` is the rows `b * block_size..(b + 1) * block_size`, the last one cut at the number of
+/// rows. Within each query block, key blocks ascend. The form is that of FlexAttention's
+/// `BlockMask`, as compressed sparse rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockMask {
+    block_size: usize,
+    full: Csr,
+    partial: Csr,
+}
+
+/// Compressed sparse rows: row `r` lists `indices[offsets[r]..offsets[r + 1]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Csr {
+    /// Where each row's list starts, and the end of the last, \[rows + 1\].
+    pub offsets: Vec<usize>,
+    /// The lists, one after another.
+    pub indices: Vec<u32>,
+}
+
+impl Csr {
+    /// No rows, with room for the offsets of `rows`.
+    fn with_capacity(rows: usize) -> Self {
+        let mut offsets = Vec::with_capacity(rows + 1);
+        offsets.push(0);
+        Self {
+            offsets,
+            indices: Vec::new(),
+        }
+    }
+
+    fn end_row(&mut self) {
+        self.offsets.push(self.indices.len());
+    }
+
+    /// The list of row `row`.
+    ///
+    /// # Panics
+    ///
+    /// Where there is no such row.
+    pub fn row(&self, row: usize) -> &[u32] {
+        &self.indices[self.offsets[row]..self.offsets[row + 1]]
+    }
+}
+
+impl BlockMask {
+    pub(crate) fn new(subtree_end: &[u32], block_size: usize) -> Result<Self, FoldError> {
+        if block_size == 0 {
+            return Err(FoldError::ZeroBlockSize);
+        }
+        let rows = subtree_end.len();
+        let num_blocks = rows.div_ceil(block_size);
+        let mut full = Csr::with_capacity(num_blocks);
+        let mut partial = Csr::with_capacity(num_blocks);
+        let mut path = Path::new(block_size);
+        let mut chains = chains(subtree_end).peekable();
+        for block in 0..num_blocks {
+            let start = block * block_size;
+            let end = (start + block_size).min(rows);
+            // Keys before this block are seen from within it only if its first row sees them:
+            // their subtrees are intervals that start before it.
+            while let Some(chain) = chains.next_if(|chain| chain.start <= start) {
+                path.enter(chain);
+            }
+            for seen in path.blocks.iter().take_while(|seen| seen.block < block) {
+                let whole = seen.rows == block_size && seen.subtree_end >= end;
+                let lists = if whole { &mut full } else { &mut partial };
+                lists.indices.push(seen.block as u32);
+            }
+            // A block sees itself in part, as causality cuts it, unless it is a single row.
+            let own = if end - start == 1 {
+                &mut full
+            } else {
+                &mut partial
+            };
+            own.indices.push(block as u32);
+            full.end_row();
+            partial.end_row();
+        }
+        Ok(Self {
+            block_size,
+            full,
+            partial,
+        })
+    }
+
+    /// Rows in a block.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// Number of query blocks, and of key blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.full.offsets.len() - 1
+    }
+
+    /// For each query block, the key blocks all of whose rows all of its rows see.
+    pub fn full(&self) -> &Csr {
+        &self.full
+    }
+
+    /// For each query block, the key blocks of which it sees some pairs but not all.
+    pub fn partial(&self) -> &Csr {
+        &self.partial
+    }
+}
+
+/// Rows `start..end` of which each is the only child of the one before: one `subtree_end` for all.
+struct Chain {
+    start: usize,
+    end: usize,
+    subtree_end: usize,
+}
+
+/// The chains of a depth-first layout: rows of equal `subtree_end` are neighbours.
+fn chains(subtree_end: &[u32]) -> impl Iterator<Item = Chain> {
+    let mut start = 0;
+    subtree_end.chunk_by(|a, b| a == b).map(move |rows| {
+        let chain = Chain {
+            start,
+            end: start + rows.len(),
+            subtree_end: rows[0] as usize,
+        };
+        start = chain.end;
+        chain
+    })
+}
+
+/// The chains from the root to a row, and the key blocks that they cover.
+struct Path {
+    block_size: usize,
+    chains: Vec<Chain>,
+    blocks: Vec<PathBlock>,
+}
+
+/// A key block with rows on the path.
+struct PathBlock {
+    block: usize,
+    /// How many of its rows are on the path.
+    rows: usize,
+    /// Where the subtree of the deepest of them ends; those above end there or later.
+    subtree_end: usize,
+}
+
+impl Path {
+    fn new(block_size: usize) -> Self {
+        Self {
+            block_size,
+            chains: Vec::new(),
+            blocks: Vec::new(),
+        }
+    }
+
+    /// Moves on to `chain`, the next in depth-first order.
+    fn enter(&mut self, chain: Chain) {
+        while self
+            .chains
+            .last()
+            .is_some_and(|last| last.subtree_end <= chain.start)
+        {
+            self.leave();
+        }
+        let mut row = chain.start;
+        while row < chain.end {
+            let block = row / self.block_size;
+            let end = chain.end.min((block + 1) * self.block_size);
+            match self.blocks.last_mut().filter(|last| last.block == block) {
+                Some(last) => {
+                    last.rows += end - row;
+                    last.subtree_end = chain.subtree_end;
+                }
+                None => self.blocks.push(PathBlock {
+                    block,
+                    rows: end - row,
+                    subtree_end: chain.subtree_end,
+                }),
+            }
+            row = end;
+        }
+        self.chains.push(chain);
+    }
+
+    /// Drops the deepest chain.
+    fn leave(&mut self) {
+        let Some(chain) = self.chains.pop() else {
+            return;
+        };
+        let first = chain.start / self.block_size;
+        while self.blocks.last().is_some_and(|last| last.block > first) {
+            self.blocks.pop();
+        }
+        // The chain's first block may hold rows above it, the deepest of them in what is now the
+        // last chain.
+        let Some(shared) = self.blocks.last_mut() else {
+            return;
+        };
+        shared.rows -= chain.end.min((first + 1) * self.block_size) - chain.start;
+        match self.chains.last() {
+            Some(above) if shared.rows > 0 => shared.subtree_end = above.subtree_end,
+            _ => drop(self.blocks.pop()),
+        }
+    }
+}

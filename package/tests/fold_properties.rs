@@ -1,0 +1,272 @@
+//! Random batches against naive oracles, and invariants on whatever real batches are there.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+use radix_mlp::{Csr, Fold, Layout};
+
+#[derive(Clone, Debug)]
+struct Batch {
+    input_ids: Vec<u32>,
+    position_ids: Vec<u32>,
+    cu_seq_lengths: Vec<u32>,
+    salts: Vec<u64>,
+}
+
+impl Batch {
+    fn new(sequences: Vec<(u64, Vec<(u32, u32)>)>) -> Self {
+        let mut batch = Self {
+            input_ids: Vec::new(),
+            position_ids: Vec::new(),
+            cu_seq_lengths: vec![0],
+            salts: Vec::new(),
+        };
+        for (salt, tokens) in sequences {
+            batch.salts.push(salt);
+            batch.input_ids.extend(tokens.iter().map(|token| token.0));
+            batch
+                .position_ids
+                .extend(tokens.iter().map(|token| token.1));
+            batch.cu_seq_lengths.push(batch.input_ids.len() as u32);
+        }
+        batch
+    }
+
+    fn fold(&self, layout: Layout, pad_multiple_of: usize) -> Fold {
+        Fold::builder(&self.input_ids, &self.position_ids, &self.cu_seq_lengths)
+            .salts(&self.salts)
+            .layout(layout)
+            .pad_multiple_of(pad_multiple_of)
+            .build()
+            .unwrap()
+    }
+}
+
+/// The oracle: rows in first-occurrence order, each found by its whole path. Returns the row of
+/// every token and the parent of every row.
+fn naive(batch: &Batch) -> (Vec<u32>, Vec<Option<u32>>) {
+    let mut rows: HashMap<(u64, Option<u32>, u32, u32), u32> = HashMap::new();
+    let (mut scatter, mut parents) = (Vec::new(), Vec::new());
+    for (ends, &salt) in batch.cu_seq_lengths.windows(2).zip(&batch.salts) {
+        let mut parent = None;
+        for i in ends[0] as usize..ends[1] as usize {
+            let key = (salt, parent, batch.input_ids[i], batch.position_ids[i]);
+            let row = *rows.entry(key).or_insert_with(|| {
+                parents.push(parent);
+                parents.len() as u32 - 1
+            });
+            scatter.push(row);
+            parent = Some(row);
+        }
+    }
+    (scatter, parents)
+}
+
+/// Sequences that branch off one another at random places, repeat, or are empty. A small
+/// vocabulary and few lengths around 32 (the lanes of the run comparison) make collisions likely.
+fn batches() -> impl Strategy<Value = Batch> {
+    let token = (0..3u32, 0..2u32);
+    let fresh = prop::collection::vec(token, 0..80);
+    // (which earlier sequence to branch off, how far along it in 1/8, what follows, salt)
+    let branch = (
+        any::<prop::sample::Index>(),
+        0..9usize,
+        fresh,
+        0..2u64,
+        any::<bool>(),
+    );
+    prop::collection::vec(branch, 0..24).prop_map(|branches| {
+        let mut sequences: Vec<(u64, Vec<(u32, u32)>)> = Vec::new();
+        for (from, eighths, fresh, salt, counted) in branches {
+            let mut tokens = match sequences.len() {
+                0 => Vec::new(),
+                len => {
+                    let earlier = &sequences[from.index(len)].1;
+                    earlier[..earlier.len() * eighths / 8].to_vec()
+                }
+            };
+            let start = tokens.len() as u32;
+            // Positions as in a real batch, or anything.
+            let at = |(i, (id, position)): (u32, (u32, u32))| {
+                (id, if counted { start + i } else { position })
+            };
+            tokens.extend((0..).zip(fresh).map(at));
+            sequences.push((salt, tokens));
+        }
+        Batch::new(sequences)
+    })
+}
+
+fn check_first_occurrence(batch: &Batch, fold: &Fold) {
+    let (scatter, parents) = naive(batch);
+    assert_eq!(fold.scatter_indices(), scatter);
+    assert_eq!(fold.num_nodes(), parents.len());
+    // A row's first occurrence is the first token that maps to it.
+    for row in 0..parents.len() {
+        let first = scatter.iter().position(|&r| r as usize == row).unwrap();
+        assert_eq!(fold.fold_gather()[row] as usize, first);
+    }
+    for (s, &new) in fold.query_lengths().unwrap().iter().enumerate() {
+        let end = batch.cu_seq_lengths[s + 1];
+        let start = batch.cu_seq_lengths[s];
+        let firsts = (start..end).filter(|i| fold.fold_gather().contains(i));
+        assert!(firsts.eq(end - new..end), "new rows of {s} end it");
+    }
+}
+
+/// What every fold keeps, whatever its layout.
+fn check_maps(batch: &Batch, fold: &Fold, pad_multiple_of: usize) {
+    let nodes = fold.num_nodes();
+    assert_eq!(fold.num_rows(), nodes.next_multiple_of(pad_multiple_of));
+    assert_eq!(fold.cu_seq_lengths(), batch.cu_seq_lengths);
+    let ids = fold.unfold(fold.input_ids(), 1).unwrap();
+    let positions = fold.unfold(fold.position_ids(), 1).unwrap();
+    assert_eq!(ids, batch.input_ids);
+    assert_eq!(positions, batch.position_ids);
+    for (row, &token) in fold.fold_gather()[..nodes].iter().enumerate() {
+        assert_eq!(fold.scatter_indices()[token as usize] as usize, row);
+    }
+    for padding in [fold.input_ids(), fold.position_ids(), fold.fold_gather()] {
+        assert!(padding[nodes..].iter().all(|&value| value == 0));
+    }
+}
+
+/// Parent of each row, read off the sequences.
+fn parents(fold: &Fold) -> Vec<Option<u32>> {
+    let mut parents = vec![None; fold.num_rows()];
+    for ends in fold.cu_seq_lengths().windows(2) {
+        let path = &fold.scatter_indices()[ends[0] as usize..ends[1] as usize];
+        for pair in path.windows(2) {
+            parents[pair[1] as usize] = Some(pair[0]);
+        }
+    }
+    parents
+}
+
+/// Is `kv` on the path from the root to `q`? By walking up, the definition.
+fn sees(parents: &[Option<u32>], q: usize, kv: usize) -> bool {
+    let mut row = Some(q as u32);
+    std::iter::from_fn(|| {
+        let this = row?;
+        row = parents[this as usize];
+        Some(this)
+    })
+    .any(|ancestor| ancestor as usize == kv)
+}
+
+fn check_depth_first(first: &Fold, tree: &Fold) {
+    let order = tree.row_order().unwrap();
+    let mut sorted = order.to_vec();
+    sorted.sort_unstable();
+    assert!(sorted.into_iter().eq(0..first.num_rows() as u32));
+    for (to_tree, to_first) in tree.scatter_indices().iter().zip(first.scatter_indices()) {
+        assert_eq!(order[*to_tree as usize], *to_first);
+    }
+    let subtree_end = tree.subtree_end().unwrap();
+    let parents = parents(tree);
+    for q in 0..tree.num_rows() {
+        for (kv, &end) in subtree_end.iter().enumerate() {
+            let interval = kv <= q && q < end as usize;
+            assert_eq!(interval, sees(&parents, q, kv), "row {q} sees row {kv}");
+        }
+    }
+}
+
+/// Blocks of the mask by looking at every pair of rows.
+fn check_block_mask(tree: &Fold, block_size: usize) {
+    let mask = tree.block_mask(block_size).unwrap();
+    let rows = tree.num_rows();
+    let parents = parents(tree);
+    let block = |b: usize| b * block_size..rows.min((b + 1) * block_size);
+    assert_eq!(mask.num_blocks(), rows.div_ceil(block_size));
+    for q in 0..mask.num_blocks() {
+        let (mut full, mut partial) = (Vec::new(), Vec::new());
+        for kv in 0..mask.num_blocks() {
+            let pairs = block(q).flat_map(|q| block(kv).map(move |kv| (q, kv)));
+            let seen: Vec<bool> = pairs.map(|(q, kv)| sees(&parents, q, kv)).collect();
+            if seen.iter().all(|&seen| seen) {
+                full.push(kv as u32);
+            } else if seen.iter().any(|&seen| seen) {
+                partial.push(kv as u32);
+            }
+        }
+        assert_eq!(mask.full().row(q), full, "full blocks of {q}");
+        assert_eq!(mask.partial().row(q), partial, "partial blocks of {q}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn folds_match_the_oracle(batch in batches(), pad in 1..40usize) {
+        let first = batch.fold(Layout::FirstOccurrence, pad);
+        check_first_occurrence(&batch, &first);
+        check_maps(&batch, &first, pad);
+        let tree = batch.fold(Layout::DepthFirst, pad);
+        check_maps(&batch, &tree, pad);
+        check_depth_first(&first, &tree);
+        prop_assert_eq!(first.draw(|ids| format!("{ids:?}")).lines().count() == 0,
+            batch.input_ids.is_empty());
+    }
+
+    #[test]
+    fn block_masks_match_all_pairs(batch in batches(), pad in 1..9usize, block_size in 1..20usize) {
+        check_block_mask(&batch.fold(Layout::DepthFirst, pad), block_size);
+    }
+
+    /// Wide nodes find children by hash; splitting them hands the hashed children on.
+    #[test]
+    fn wide_nodes_match_the_oracle(
+        suffixes in prop::collection::vec((0..40u32, 0..3u32), 20..200),
+        cuts in prop::collection::vec(0..12usize, 200),
+    ) {
+        let prefix: Vec<(u32, u32)> = (0..10).map(|i| (7, i)).collect();
+        let sequences = suffixes.iter().zip(cuts).map(|(&(id, next), cut)| {
+            let mut tokens = prefix[..cut.min(10)].to_vec();
+            tokens.extend([(id, 10), (next, 11)]);
+            (0, tokens)
+        });
+        let batch = Batch::new(sequences.collect());
+        check_first_occurrence(&batch, &batch.fold(Layout::FirstOccurrence, 1));
+    }
+}
+
+/// A comb, the deepest trie with a branch at every row: a chain of `teeth` tokens with a leaf off
+/// each. Every chain of it is a single row.
+fn comb(teeth: u32) -> Batch {
+    let sequence = |length: u32| {
+        let mut tokens: Vec<(u32, u32)> = (0..length).map(|i| (1, i)).collect();
+        tokens.push((2, length));
+        (0, tokens)
+    };
+    Batch::new((0..teeth).map(sequence).collect())
+}
+
+#[test]
+fn deep_and_branching_tries_fold() {
+    let batch = comb(150);
+    let first = batch.fold(Layout::FirstOccurrence, 1);
+    check_first_occurrence(&batch, &first);
+    let tree = batch.fold(Layout::DepthFirst, 1);
+    check_depth_first(&first, &tree);
+    for block_size in [1, 7, 64, 1000] {
+        check_block_mask(&tree, block_size);
+    }
+}
+
+#[test]
+fn block_mask_of_a_plain_sequence_is_causal() {
+    let rows = 1 << 20;
+    let tokens: Vec<u32> = (0..rows).collect();
+    let tree = Fold::builder(&tokens, &tokens, &[0, rows])
+        .layout(Layout::DepthFirst)
+        .build()
+        .unwrap();
+    // Looking at every pair of rows would take 10^12 steps.
+    let mask = tree.block_mask(1 << 12).unwrap();
+    let Csr { offsets, indices } = mask.full();
+    assert_eq!(indices.len(), 256 * 255 / 2);
+    assert_eq!(offsets[256], indices.len());
+    assert!((0..256).all(|block| mask.partial().row(block) == [block as u32]));
+}
