@@ -1,9 +1,11 @@
 //! Random batches against naive oracles, and invariants on whatever real batches are there.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use proptest::prelude::*;
 use radix_mlp::{Csr, Fold, Layout};
+use serde_json::Value;
 
 #[derive(Clone, Debug)]
 struct Batch {
@@ -102,16 +104,19 @@ fn check_first_occurrence(batch: &Batch, fold: &Fold) {
     assert_eq!(fold.scatter_indices(), scatter);
     assert_eq!(fold.num_nodes(), parents.len());
     // A row's first occurrence is the first token that maps to it.
-    for row in 0..parents.len() {
-        let first = scatter.iter().position(|&r| r as usize == row).unwrap();
-        assert_eq!(fold.fold_gather()[row] as usize, first);
+    let mut first = vec![None; parents.len()];
+    for (token, &row) in (0u32..).zip(&scatter) {
+        first[row as usize].get_or_insert(token);
     }
-    for (s, &new) in fold.query_lengths().unwrap().iter().enumerate() {
-        let end = batch.cu_seq_lengths[s + 1];
-        let start = batch.cu_seq_lengths[s];
-        let firsts = (start..end).filter(|i| fold.fold_gather().contains(i));
-        assert!(firsts.eq(end - new..end), "new rows of {s} end it");
-    }
+    let first: Vec<u32> = first.into_iter().flatten().collect();
+    assert_eq!(fold.fold_gather()[..first.len()], first);
+    let ends = &batch.cu_seq_lengths[1..];
+    let new_ends_sequences = ends.iter().zip(fold.query_lengths().unwrap());
+    assert!(
+        new_ends_sequences
+            .flat_map(|(&end, &new)| end - new..end)
+            .eq(first)
+    );
 }
 
 /// What every fold keeps, whatever its layout.
@@ -269,4 +274,85 @@ fn block_mask_of_a_plain_sequence_is_causal() {
     assert_eq!(indices.len(), 256 * 255 / 2);
     assert_eq!(offsets[256], indices.len());
     assert!((0..256).all(|block| mask.partial().row(block) == [block as u32]));
+}
+
+/// The groups of one file of real batches, each as sequences of bytes: what they share is what
+/// their tokens share. Trees and trials, whose texts take a template to render, are left out.
+fn real_groups(path: &Path) -> Vec<Vec<String>> {
+    let group = |line: &str| -> Option<Vec<String>> {
+        let record: Value = serde_json::from_str(line).unwrap();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let list = |key: &str| record[key].as_array().cloned();
+        let prefixed = |prefix: &str, list: Vec<Value>| {
+            let prefix = text(&record[prefix]);
+            list.iter()
+                .map(|item| prefix.clone() + &text(item))
+                .collect()
+        };
+        if let Some(passages) = list("passages") {
+            return Some(prefixed(
+                "query",
+                passages.iter().map(|p| p["text"].clone()).collect(),
+            ));
+        }
+        let lists = [("prefix", "inputs"), ("prompt", "completions")];
+        lists
+            .iter()
+            .find_map(|(prefix, key)| Some(prefixed(prefix, list(key)?)))
+    };
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().take(4).filter_map(group).collect()
+}
+
+#[test]
+fn real_batches_match_the_oracle() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
+    let Ok(files) = std::fs::read_dir(&data) else {
+        println!("skipped: no real batches at {}", data.display());
+        return;
+    };
+    let mut folded = 0;
+    for file in files.map(|file| file.unwrap().path()) {
+        if file
+            .extension()
+            .is_none_or(|extension| extension != "jsonl")
+        {
+            continue;
+        }
+        for texts in real_groups(&file) {
+            let tokens = |text: &String| (0, text.bytes().map(u32::from).zip(0..).collect());
+            let batch = Batch::new(texts.iter().take(64).map(tokens).collect());
+            let first = batch.fold(Layout::FirstOccurrence, 8);
+            check_first_occurrence(&batch, &first);
+            check_maps(&batch, &first, 8);
+            let tree = batch.fold(Layout::DepthFirst, 8);
+            check_maps(&batch, &tree, 8);
+            check_intervals(&tree);
+            assert!(
+                first.compression() > 1.0,
+                "{}: nothing shared",
+                file.display()
+            );
+            folded += 1;
+        }
+    }
+    assert!(folded > 0, "no batch in {}", data.display());
+}
+
+/// The intervals of a tree too large to look at every pair: children start within their parent's
+/// subtree, right after it or after a sibling's, and a sequence's path ascends.
+fn check_intervals(tree: &Fold) {
+    let subtree_end = tree.subtree_end().unwrap();
+    let parents = parents(tree);
+    let mut covered = vec![0; tree.num_rows()];
+    for (row, parent) in parents.iter().enumerate() {
+        let size = subtree_end[row] as usize - row;
+        if let Some(parent) = *parent {
+            assert!((parent as usize) < row && subtree_end[row] <= subtree_end[parent as usize]);
+            covered[parent as usize] += size;
+        }
+    }
+    for (row, covered) in covered.into_iter().enumerate() {
+        assert_eq!(subtree_end[row] as usize, row + 1 + covered, "row {row}");
+    }
 }
