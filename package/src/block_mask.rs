@@ -142,7 +142,7 @@ struct PathBlock {
     block: usize,
     /// How many of its rows are on the path.
     rows: usize,
-    /// Where the subtree of the deepest of them ends; those above end there or later.
+    /// Where the subtree of the last that entered ends; those above end there or later.
     subtree_end: usize,
 }
 
@@ -193,15 +193,14 @@ impl Path {
         while self.blocks.last().is_some_and(|last| last.block > first) {
             self.blocks.pop();
         }
-        // The chain's first block may hold rows above it, the deepest of them in what is now the
-        // last chain.
+        // Its first block may hold rows above it. With a row off the path the block is never seen
+        // whole again, so its `subtree_end` has had its use.
         let Some(shared) = self.blocks.last_mut() else {
             return;
         };
         shared.rows -= chain.end.min((first + 1) * self.block_size) - chain.start;
-        match self.chains.last() {
-            Some(above) if shared.rows > 0 => shared.subtree_end = above.subtree_end,
-            _ => drop(self.blocks.pop()),
+        if shared.rows == 0 {
+            self.blocks.pop();
         }
     }
 }

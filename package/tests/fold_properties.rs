@@ -237,6 +237,22 @@ proptest! {
     }
 }
 
+/// Runs are compared 32 tokens at a time: one difference at any place must part them there.
+#[test]
+fn one_changed_token_parts_two_sequences() {
+    let plain: Vec<(u32, u32)> = (0..100).map(|i| (7, i)).collect();
+    for place in 0..100 {
+        for (id, position) in [(8, place), (7, place + 1)] {
+            let mut changed = plain.clone();
+            changed[place as usize] = (id, position);
+            let batch = Batch::new(vec![(0, plain.clone()), (0, changed)]);
+            let fold = batch.fold(Layout::FirstOccurrence, 1);
+            assert_eq!(fold.query_lengths(), Some(&[100, 100 - place][..]));
+            check_first_occurrence(&batch, &fold);
+        }
+    }
+}
+
 /// A comb, the deepest trie with a branch at every row: a chain of `teeth` tokens with a leaf off
 /// each. Every chain of it is a single row.
 fn comb(teeth: u32) -> Batch {
