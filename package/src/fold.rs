@@ -394,6 +394,17 @@ impl Fold {
         gather(compact, self.num_rows(), width, &self.scatter_indices)
     }
 
+    /// The arrays themselves, in the order of [`compute_fold_and_scatter`]: `(input_ids,
+    /// position_ids, scatter_indices, fold_gather)`.
+    pub fn into_arrays(self) -> (Vec<u32>, Vec<u32>, Vec<u32>, Vec<u32>) {
+        (
+            self.input_ids,
+            self.position_ids,
+            self.scatter_indices,
+            self.fold_gather,
+        )
+    }
+
     /// A picture of the trie in text, one line a run: how many sequences share it, how many tokens
     /// it has, what `label` makes of their ids, and which sequences end with it.
     pub fn draw(&self, label: impl FnMut(&[u32]) -> String) -> String {
@@ -442,12 +453,7 @@ pub fn compute_fold_and_scatter(
     let mut builder = Fold::builder(input_ids, position_ids, cu_seq_lengths);
     builder.pad_multiple_of = pad_multiple_of;
     match builder.build() {
-        Ok(fold) => (
-            fold.input_ids,
-            fold.position_ids,
-            fold.scatter_indices,
-            fold.fold_gather,
-        ),
+        Ok(fold) => fold.into_arrays(),
         Err(error) => panic!("{error}"),
     }
 }

@@ -38,13 +38,17 @@
 //! - `candle`: the `qwen3` and `text` modules, a Qwen3 model that runs folded on the CPU.
 //! - `cli`: the `radix-mlp` command, which embeds and reranks text.
 
+mod batching;
 mod block_mask;
 mod draw;
 mod error;
 mod fold;
 mod hash;
+#[cfg(feature = "candle")]
+pub mod qwen3;
 mod trie;
 
+pub use crate::batching::{Budget, PlannedBatch, plan_batches};
 pub use crate::block_mask::{BlockMask, Csr};
 pub use crate::error::FoldError;
 pub use crate::fold::{Fold, FoldBuilder, Layout, compute_fold_and_scatter};

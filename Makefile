@@ -1,0 +1,57 @@
+# Everything sets itself up: rustup's toolchain, a C compiler and Python >= 3.10 are enough.
+VENV ?= .venv
+export CARGO_BUILD_JOBS ?= 2
+
+BIN := $(VENV)/bin
+FEATURES := --features radix_mlp/cli
+# nextest where it is installed, plain `cargo test` elsewhere.
+RUST_TESTS := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test --tests --bins --lib)
+
+.PHONY: demo test lint rust-test doc python-test python bench fuzz clean
+
+demo:
+	cargo run --release --quiet -p radix_mlp --features cli -- demo
+
+test: lint rust-test doc python-test
+
+lint: $(VENV)/installed
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets $(FEATURES) -- -D warnings
+	cargo clippy -p radix_mlp --lib -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Tests compare the model with transformers, so they run the virtual environment's Python.
+rust-test: $(VENV)/installed
+	RADIX_MLP_PYTHON=$(abspath $(BIN)/python) cargo $(RUST_TESTS) --workspace $(FEATURES)
+	cargo test --quiet --doc --workspace $(FEATURES)
+
+doc:
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p radix_mlp $(FEATURES)
+
+python-test: python
+	$(BIN)/python -m pytest
+
+# The extension module, built in release: its tests and benchmarks time calls of microseconds.
+python: $(VENV)/installed
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet
+
+$(VENV)/installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+# Minutes of measuring on an idle machine; rewrites the JSON results and plots in benchmark/.
+bench: python
+	cargo bench -p radix_mlp --bench fold
+	$(BIN)/python benchmark/fold_vs_published.py
+	$(BIN)/python benchmark/cpu_forward/run.py
+
+# Needs a nightly toolchain and `cargo install cargo-fuzz`.
+fuzz:
+	cd package && cargo +nightly fuzz run fold -- -max_total_time=60
+
+clean:
+	rm -rf target $(VENV)
