@@ -70,7 +70,7 @@ impl fmt::Display for FoldError {
                 position_ids,
             } => write!(
                 f,
-                "input_ids and position_ids differ in length: {input_ids} and {position_ids}"
+                "input_ids and position_ids must have same length: {input_ids} != {position_ids}"
             ),
             Self::OffsetsStart { first } => {
                 write!(f, "cu_seq_lengths must start at 0, starts at {first}")
@@ -99,7 +99,7 @@ impl fmt::Display for FoldError {
             Self::ZeroBlockSize => write!(f, "a mask block cannot have 0 rows"),
             Self::NeedsDepthFirst => write!(
                 f,
-                "the fold is in first-occurrence layout; build it with Layout::DepthFirst"
+                "block masks need the depth-first layout, the fold is in first-occurrence layout"
             ),
             Self::RowsMismatch { len, rows, width } => write!(
                 f,

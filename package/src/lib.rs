@@ -46,6 +46,8 @@ mod fold;
 mod hash;
 #[cfg(feature = "candle")]
 pub mod qwen3;
+#[cfg(feature = "candle")]
+pub mod text;
 mod trie;
 
 pub use crate::batching::{Budget, PlannedBatch, plan_batches};

@@ -1,0 +1,158 @@
+//! What embedding and reranking share: a model, a tokenizer, and batches in which prefixes meet.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use candle_core::{DType, Device};
+use radix_mlp::qwen3::{FoldLevel, HiddenStates, Qwen3Model};
+use radix_mlp::text::{MaxLength, TextEncoder};
+use radix_mlp::{Budget, Fold, plan_batches};
+
+use super::progress::Totals;
+
+#[derive(clap::Args)]
+pub struct EngineArgs {
+    /// Hugging Face directory: config.json, safetensors, tokenizer.json
+    #[arg(long, short, value_name = "DIR")]
+    model: PathBuf,
+
+    /// What is computed once for every shared prefix
+    #[arg(long, value_enum, default_value_t = FoldChoice::Auto)]
+    fold: FoldChoice,
+
+    /// Most tokens computed in one batch; more share more and take more memory
+    #[arg(long, value_name = "N", default_value_t = 16384, value_parser = positive)]
+    pub batch_tokens: usize,
+
+    /// Number type of weights and activations
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
+
+    /// Where the model runs
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Cpu)]
+    device: DeviceChoice,
+
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    threads: Option<usize>,
+
+    /// Cut texts that are longer than the model's context instead of refusing them
+    #[arg(long)]
+    truncate: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum FoldChoice {
+    /// `full`, or `none` for batches that are measured to gain nothing
+    Auto,
+    /// Nothing: every token is computed
+    None,
+    /// Everything but attention, as the RadixMLP paper does
+    Mlp,
+    /// Everything
+    Full,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum DeviceChoice {
+    Cpu,
+}
+
+pub fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+pub struct Engine {
+    pub model: Qwen3Model,
+    pub encoder: TextEncoder,
+    fold: FoldChoice,
+    batch_tokens: usize,
+    pub max_length: MaxLength,
+}
+
+impl Engine {
+    pub fn load(args: &EngineArgs) -> anyhow::Result<Self> {
+        if let Some(threads) = args.threads {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global()?;
+        }
+        let device = match args.device {
+            DeviceChoice::Cpu => Device::Cpu,
+        };
+        let dtype = match args.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+        };
+        let encoder = TextEncoder::from_file(&args.model.join("tokenizer.json"))?;
+        let model = Qwen3Model::load(&args.model, Some(dtype), &device)?;
+        let max_length = MaxLength {
+            tokens: model.config().max_position_embeddings,
+            truncate: args.truncate,
+        };
+        Ok(Self {
+            model,
+            encoder,
+            fold: args.fold,
+            batch_tokens: args.batch_tokens,
+            max_length,
+        })
+    }
+
+    /// Computes `sequences` in batches, each handed to `read` with the indices of its sequences.
+    pub fn run(
+        &self,
+        sequences: &[Vec<u32>],
+        totals: &mut Totals,
+        mut read: impl FnMut(&[usize], &HiddenStates<'_>, Totals) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let budget = match self.fold {
+            // Where `auto` decides for `none`, next to nothing is shared.
+            FoldChoice::Auto | FoldChoice::Full => Budget::UniqueTokens(self.batch_tokens),
+            FoldChoice::None | FoldChoice::Mlp => Budget::Tokens(self.batch_tokens),
+        };
+        for batch in plan_batches(sequences, budget) {
+            let members = batch.sequences.iter().map(|&index| &sequences[index][..]);
+            let fold = fold(members)?;
+            let level = match self.fold {
+                FoldChoice::Auto => self.model.choose_level(&fold),
+                FoldChoice::None => FoldLevel::None,
+                FoldChoice::Mlp => FoldLevel::Mlp,
+                FoldChoice::Full => FoldLevel::Full,
+            };
+            let states = self.model.forward(&fold, level)?;
+            totals.texts += batch.sequences.len() as u64;
+            totals.tokens += batch.tokens as u64;
+            totals.computed += match level {
+                FoldLevel::None => batch.tokens as u64,
+                FoldLevel::Mlp | FoldLevel::Full => batch.unique_tokens as u64,
+            };
+            read(&batch.sequences, &states, *totals)?;
+        }
+        Ok(())
+    }
+}
+
+/// Folds sequences whose positions count from 0.
+pub fn fold<'a>(sequences: impl Iterator<Item = &'a [u32]>) -> anyhow::Result<Fold> {
+    let (mut input_ids, mut position_ids, mut cu_seq_lengths) = (Vec::new(), Vec::new(), vec![0]);
+    for sequence in sequences {
+        input_ids.extend_from_slice(sequence);
+        position_ids.extend(0..sequence.len() as u32);
+        let end = u32::try_from(input_ids.len()).context("a batch holds less than 2^32 tokens")?;
+        cu_seq_lengths.push(end);
+    }
+    Ok(Fold::builder(&input_ids, &position_ids, &cu_seq_lengths).build()?)
+}

@@ -1,0 +1,167 @@
+use candle_core::Tensor;
+use candle_nn::attention::{flash_attn_varlen_cpu, flash_attn_varlen_unfused};
+use proptest::prelude::*;
+
+use super::*;
+use crate::Layout;
+
+const HEAD_DIM: usize = 6;
+/// Weighted means of values in -1..1: a few roundings of 6e-8 in each of the scores, weights and
+/// sums.
+const TOLERANCE: f32 = 2e-6;
+
+/// Values in -1..1, \[rows, heads, HEAD_DIM\].
+fn values(rows: usize, heads: usize, seed: u32) -> Tensor {
+    let value = |i: u32| {
+        let hash =
+            (i + 1).wrapping_mul(0x9E37_79B9).rotate_left(15) ^ seed.wrapping_mul(0x85EB_CA6B);
+        (hash.wrapping_mul(0xC2B2_AE35) >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let values: Vec<f32> = (0..(rows * heads * HEAD_DIM) as u32).map(value).collect();
+    Tensor::from_vec(values, (rows, heads, HEAD_DIM), &Device::Cpu).unwrap()
+}
+
+/// Segments by the keys that each query sees, without chunks, tiles or a running maximum.
+fn naive(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    plan: &AttentionPlan,
+    scale: f32,
+) -> Vec<Vec<Vec<f32>>> {
+    let [q, k, v] = [q, k, v].map(|tensor| tensor.to_vec3::<f32>().unwrap());
+    let mut output = q.clone();
+    for segment in &plan.segments {
+        for row in segment.queries.clone() {
+            let own = segment.queries.start..row + 1;
+            let keys: Vec<usize> = segment
+                .prefix
+                .iter()
+                .cloned()
+                .chain([own])
+                .flatten()
+                .collect();
+            for (head, query) in q[row].iter().enumerate() {
+                let kv_head = head * k[0].len() / q[0].len();
+                let dot = |key: &usize| -> f32 {
+                    k[*key][kv_head].iter().zip(query).map(|(a, b)| a * b).sum()
+                };
+                let weights: Vec<f32> = keys.iter().map(|key| (scale * dot(key)).exp()).collect();
+                let sum: f32 = weights.iter().sum();
+                for (i, to) in output[row][head].iter_mut().enumerate() {
+                    let weighted = keys
+                        .iter()
+                        .zip(&weights)
+                        .map(|(&key, w)| w * v[key][kv_head][i]);
+                    *to = weighted.sum::<f32>() / sum;
+                }
+            }
+        }
+    }
+    output
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+    let difference = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
+    difference.max(0).unwrap().to_scalar().unwrap()
+}
+
+#[test]
+fn one_kernel_serves_every_group_tile_and_chunk() {
+    let segment = |queries, prefix: &[Range<usize>]| Segment {
+        queries,
+        prefix: prefix.to_vec(),
+    };
+    // Prefixes of several ranges, of more than a chunk, in any order; tiles of one row and of many.
+    let plan = AttentionPlan {
+        segments: vec![
+            segment(0..700, &[]),
+            segment(700..701, &[3..5, 690..700]),
+            segment(701..1000, &[0..513, 700..701, 600..690]),
+            segment(1000..1003, &[0..600, 600..1000]),
+        ],
+        rows: 1003,
+    };
+    for (heads, kv_heads) in [(1, 1), (4, 2), (8, 2), (3, 1)] {
+        let (q, k) = (values(1003, heads, 1), values(1003, kv_heads, 2));
+        let v = values(1003, kv_heads, 3);
+        // Scores of up to 60, so that the running maximum matters.
+        let output = attend_tensors([&q, &k, &v], &plan, 10.0).unwrap();
+        let expected = Tensor::new(naive(&q, &k, &v, &plan, 10.0), &Device::Cpu).unwrap();
+        let difference = largest_difference(&output, &expected);
+        assert!(
+            difference < 10.0 * TOLERANCE,
+            "{heads}/{kv_heads} heads: {difference:e}"
+        );
+    }
+}
+
+/// A batch of up to 8 sequences over 3 tokens, some of them cut from others.
+fn batches() -> impl Strategy<Value = Vec<Vec<u32>>> {
+    let sequence = prop::collection::vec(0..3u32, 0..40);
+    prop::collection::vec(sequence, 0..8)
+}
+
+fn fold(batch: &[Vec<u32>], layout: Layout) -> Fold {
+    let positions: Vec<u32> = batch.iter().flat_map(|seq| 0..seq.len() as u32).collect();
+    let mut offsets = vec![0];
+    offsets.extend(batch.iter().scan(0, |end, seq| {
+        *end += seq.len() as u32;
+        Some(*end)
+    }));
+    let builder = Fold::builder(&batch.concat(), &positions, &offsets)
+        .layout(layout)
+        .build();
+    builder.unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Folded attention is candle's over the unfolded rows, and each row is a query once.
+    #[test]
+    fn folded_attention_is_that_of_candle(
+        batch in batches(),
+        depth_first: bool,
+        (heads, kv_heads) in prop::sample::select(vec![(2, 2), (4, 2), (4, 1)]),
+    ) {
+        let fold = fold(&batch, if depth_first { Layout::DepthFirst } else { Layout::FirstOccurrence });
+        let plan = AttentionPlan::new(&fold, FoldLevel::Full);
+        let queries: Vec<usize> = plan.segments.iter().flat_map(|s| s.queries.clone()).collect();
+        prop_assert_eq!(queries, (0..fold.num_nodes()).collect::<Vec<_>>());
+        prop_assert!(plan.segments.len() <= fold.num_sequences());
+        prop_assume!(fold.num_tokens() > 0);
+
+        let rows = fold.num_nodes();
+        let (q, k, v) = (values(rows, heads, 1), values(rows, kv_heads, 2), values(rows, kv_heads, 3));
+        let scatter = Tensor::new(fold.scatter_indices(), &Device::Cpu).unwrap();
+        let expand = |tensor: &Tensor| tensor.index_select(&scatter, 0).unwrap();
+        let full = expand(&attend_tensors([&q, &k, &v], &plan, 2.0).unwrap());
+        let (q, k, v) = (expand(&q), expand(&k), expand(&v));
+        let plan = AttentionPlan::new(&fold, FoldLevel::None);
+        let none = attend_tensors([&q, &k, &v], &plan, 2.0).unwrap();
+
+        let lengths: Vec<u32> = batch.iter().map(|seq| seq.len() as u32).collect();
+        let lengths = Tensor::new(lengths, &Device::Cpu).unwrap();
+        for candle in [flash_attn_varlen_cpu, flash_attn_varlen_unfused] {
+            let expected = candle(&q, &k, &v, None, &lengths, &lengths, 40, 40, 2.0, true, None, None);
+            let expected = expected.unwrap();
+            prop_assert!(largest_difference(&none, &expected) < TOLERANCE);
+            prop_assert!(largest_difference(&full, &expected) < TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn a_plan_counts_its_pairs_and_ranges() {
+    let fold = fold(
+        &[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 2, 4]],
+        Layout::FirstOccurrence,
+    );
+    let cost = |level| AttentionPlan::new(&fold, level).cost();
+    let (pairs, key_ranges) = (6 + 10 + 6, 3);
+    assert_eq!(cost(FoldLevel::None), PlanCost { pairs, key_ranges });
+    // Rows 0..3, then two new rows after a prefix of two.
+    let (pairs, key_ranges) = (6 + 2 * 2 + 3, 1 + 2);
+    assert_eq!(cost(FoldLevel::Full), PlanCost { pairs, key_ranges });
+}

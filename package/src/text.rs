@@ -1,0 +1,389 @@
+//! Text to tokens: a Hugging Face tokenizer, and the prompts that models are fed with.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rayon::prelude::*;
+use tokenizers::Tokenizer;
+
+/// Why a text cannot become tokens. Each variant carries the offending values.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TextError {
+    /// The tokenizer cannot be read.
+    #[error("cannot read tokenizer {}: {source}", path.display())]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: tokenizers::Error,
+    },
+    /// The tokenizer fails on a text.
+    #[error("cannot tokenize: {source}")]
+    Encode {
+        /// What it says.
+        source: tokenizers::Error,
+    },
+    /// The tokenizer does not know a token that the model needs.
+    #[error("the tokenizer has no token {token:?}")]
+    NoToken {
+        /// The token.
+        token: String,
+    },
+    /// A text that leaves no token to compute.
+    #[error("the text has no tokens")]
+    Empty,
+    /// A text longer than the model's context.
+    #[error("the text has {tokens} tokens, more than the {max} that the model takes")]
+    TooLong {
+        /// Tokens of the text, its prompt included.
+        tokens: usize,
+        /// The longest sequence allowed.
+        max: usize,
+    },
+    /// A prompt that leaves no room for the text in it.
+    #[error("the prompt alone has {tokens} of the {max} tokens that the model takes")]
+    NoRoom {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// The longest sequence allowed.
+        max: usize,
+    },
+    /// A placeholder that templates do not have.
+    #[error(
+        "unknown placeholder {{{name}}} in the template: there are {{text}}, {{query}}, {{passage}} and {{instruction}}"
+    )]
+    UnknownPlaceholder {
+        /// What stands between the braces.
+        name: String,
+    },
+    /// A brace without its partner.
+    #[error("unpaired brace in the template {template:?}: write {{{{ and }}}} for plain braces")]
+    UnpairedBrace {
+        /// The template.
+        template: String,
+    },
+    /// A template asks for what its input does not have.
+    #[error("the template needs {{{placeholder}}}, which the input does not have")]
+    MissingField {
+        /// The placeholder.
+        placeholder: &'static str,
+    },
+}
+
+/// How long a sequence may be, and what becomes of a longer one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MaxLength {
+    /// In tokens.
+    pub tokens: usize,
+    /// Cut the text at the end instead of refusing it.
+    pub truncate: bool,
+}
+
+/// A tokenizer.
+pub struct TextEncoder {
+    tokenizer: Tokenizer,
+}
+
+impl TextEncoder {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Load`].
+    pub fn from_file(path: &Path) -> Result<Self, TextError> {
+        let mut tokenizer = Tokenizer::from_file(path).map_err(|source| TextError::Load {
+            path: path.to_owned(),
+            source,
+        })?;
+        // What the file says of padding and truncation is for padded batches of one length.
+        tokenizer.with_padding(None);
+        let truncation = tokenizer.with_truncation(None).map(|_| ());
+        truncation.map_err(|source| TextError::Encode { source })?;
+        Ok(Self { tokenizer })
+    }
+
+    /// The tokens of each text with the tokenizer's special ones around it, in parallel. One result
+    /// a text: those that fail do not hide those that don't.
+    pub fn encode(&self, texts: &[String], max: MaxLength) -> Vec<Result<Vec<u32>, TextError>> {
+        self.encode_around(texts, &Prompt::default(), max, true)
+    }
+
+    /// The tokens of each text between those of a prompt, without the tokenizer's special ones.
+    /// Truncation keeps the prompt whole.
+    pub fn encode_in_prompt(
+        &self,
+        texts: &[String],
+        prompt: &Prompt,
+        max: MaxLength,
+    ) -> Vec<Result<Vec<u32>, TextError>> {
+        self.encode_around(texts, prompt, max, false)
+    }
+
+    fn encode_around(
+        &self,
+        texts: &[String],
+        prompt: &Prompt,
+        max: MaxLength,
+        special_tokens: bool,
+    ) -> Vec<Result<Vec<u32>, TextError>> {
+        let encode = |text: &String| {
+            let encoding = self.tokenizer.encode_fast(text.as_str(), special_tokens);
+            let encoding = encoding.map_err(|source| TextError::Encode { source })?;
+            let ends_special = encoding.get_special_tokens_mask().last() == Some(&1);
+            prompt.surround(encoding.get_ids(), max, ends_special)
+        };
+        texts.par_iter().map(encode).collect()
+    }
+
+    /// A prompt from the texts before and after what varies.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Encode`].
+    pub fn prompt(&self, before: &str, after: &str) -> Result<Prompt, TextError> {
+        let encode = |text: &str| {
+            let encoding = self.tokenizer.encode_fast(text, false);
+            let encoding = encoding.map_err(|source| TextError::Encode { source })?;
+            Ok::<_, TextError>(encoding.get_ids().to_vec())
+        };
+        Ok(Prompt {
+            before: encode(before)?,
+            after: encode(after)?,
+        })
+    }
+
+    /// The id of a token of the vocabulary.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::NoToken`].
+    pub fn token_id(&self, token: &str) -> Result<u32, TextError> {
+        let id = self.tokenizer.token_to_id(token);
+        id.ok_or_else(|| TextError::NoToken {
+            token: token.to_owned(),
+        })
+    }
+}
+
+/// Tokens around every text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    before: Vec<u32>,
+    after: Vec<u32>,
+}
+
+impl Prompt {
+    /// `text` within the prompt and within `max`. Where `text` ends with a special token, which the
+    /// model may pool, truncation cuts before it.
+    fn surround(
+        &self,
+        text: &[u32],
+        max: MaxLength,
+        ends_special: bool,
+    ) -> Result<Vec<u32>, TextError> {
+        let prompt = self.before.len() + self.after.len();
+        let tokens = prompt + text.len();
+        if tokens == 0 {
+            return Err(TextError::Empty);
+        }
+        if tokens <= max.tokens {
+            return Ok([&self.before, text, &self.after].concat());
+        }
+        if !max.truncate {
+            let max = max.tokens;
+            return Err(TextError::TooLong { tokens, max });
+        }
+        let Some(room) = max.tokens.checked_sub(prompt + 1) else {
+            return Err(TextError::NoRoom {
+                tokens: prompt,
+                max: max.tokens,
+            });
+        };
+        let last = if ends_special { text.len() - 1 } else { room };
+        Ok([&self.before, &text[..room], &text[last..=last], &self.after].concat())
+    }
+}
+
+/// The prompt of Qwen3-Reranker: what the model is asked, of which "yes" or "no" is the answer.
+/// Source: the model card of Qwen/Qwen3-Reranker-0.6B.
+pub mod reranker {
+    /// Instruction where the user gives none.
+    pub const INSTRUCTION: &str =
+        "Given a web search query, retrieve relevant passages that answer the query";
+
+    /// Text before every pair.
+    pub const BEFORE: &str = "<|im_start|>system\nJudge whether the Document meets the \
+        requirements based on the Query and the Instruct provided. Note that the answer can only \
+        be \"yes\" or \"no\".<|im_end|>\n<|im_start|>user\n";
+
+    /// Text after every pair.
+    pub const AFTER: &str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n";
+
+    /// The pair itself.
+    pub fn pair(instruction: &str, query: &str, passage: &str) -> String {
+        format!("<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {passage}")
+    }
+}
+
+/// A text with placeholders `{text}`, `{query}`, `{passage}` and `{instruction}`; `{{` and `}}` are
+/// plain braces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template {
+    pieces: Vec<Piece>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Piece {
+    Literal(String),
+    Text,
+    Query,
+    Passage,
+    Instruction,
+}
+
+/// What fills a template.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fields<'a> {
+    /// A text on its own.
+    pub text: Option<&'a str>,
+    /// The query of a pair.
+    pub query: Option<&'a str>,
+    /// The passage of a pair.
+    pub passage: Option<&'a str>,
+    /// What the texts are embedded for.
+    pub instruction: Option<&'a str>,
+}
+
+impl Template {
+    /// Fills the placeholders.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::MissingField`].
+    pub fn render(&self, fields: Fields<'_>) -> Result<String, TextError> {
+        let mut text = String::new();
+        for piece in &self.pieces {
+            let (placeholder, field) = match piece {
+                Piece::Literal(literal) => {
+                    text.push_str(literal);
+                    continue;
+                }
+                Piece::Text => ("text", fields.text),
+                Piece::Query => ("query", fields.query),
+                Piece::Passage => ("passage", fields.passage),
+                Piece::Instruction => ("instruction", fields.instruction),
+            };
+            text.push_str(field.ok_or(TextError::MissingField { placeholder })?);
+        }
+        Ok(text)
+    }
+}
+
+impl FromStr for Template {
+    type Err = TextError;
+
+    fn from_str(template: &str) -> Result<Self, TextError> {
+        let unpaired = || TextError::UnpairedBrace {
+            template: template.to_owned(),
+        };
+        let mut pieces = Vec::new();
+        let mut literal = String::new();
+        let mut rest = template;
+        while let Some(brace) = rest.find(['{', '}']) {
+            literal.push_str(&rest[..brace]);
+            let (plain, after) = (&rest[brace..=brace], &rest[brace + 1..]);
+            if let Some(after) = after.strip_prefix(plain) {
+                literal.push_str(plain);
+                rest = after;
+                continue;
+            }
+            if plain == "}" {
+                return Err(unpaired());
+            }
+            let (name, after) = after.split_once('}').ok_or_else(unpaired)?;
+            pieces.push(Piece::Literal(std::mem::take(&mut literal)));
+            pieces.push(match name {
+                "text" => Piece::Text,
+                "query" => Piece::Query,
+                "passage" => Piece::Passage,
+                "instruction" => Piece::Instruction,
+                _ => {
+                    let name = name.to_owned();
+                    return Err(TextError::UnknownPlaceholder { name });
+                }
+            });
+            rest = after;
+        }
+        literal.push_str(rest);
+        pieces.push(Piece::Literal(literal));
+        Ok(Self { pieces })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAIR: Fields<'_> = Fields {
+        text: None,
+        query: Some("q"),
+        passage: Some("p"),
+        instruction: None,
+    };
+
+    fn render(template: &str) -> Result<String, TextError> {
+        template.parse::<Template>()?.render(PAIR)
+    }
+
+    #[test]
+    fn templates_fill_their_placeholders() {
+        assert_eq!(render("{query}|{passage}!").unwrap(), "q|p!");
+        assert_eq!(render("{{query}} {query}").unwrap(), "{query} q");
+        assert_eq!(render("").unwrap(), "");
+    }
+
+    #[test]
+    fn templates_refuse_what_they_do_not_know() {
+        let message = |template: &str| render(template).unwrap_err().to_string();
+        assert!(message("{doc}").starts_with("unknown placeholder {doc}"));
+        assert!(message("{query").starts_with("unpaired brace"));
+        assert!(message("query}").starts_with("unpaired brace"));
+        assert!(message("{text}").contains("needs {text}"));
+    }
+
+    #[test]
+    fn truncation_keeps_the_prompt_and_a_final_special_token() {
+        let prompt = Prompt {
+            before: vec![1, 2],
+            after: vec![9],
+        };
+        let max = |tokens, truncate| MaxLength { tokens, truncate };
+        let text = [5, 6, 7, 8];
+        assert_eq!(
+            prompt.surround(&text, max(7, false), false).unwrap(),
+            [1, 2, 5, 6, 7, 8, 9]
+        );
+        assert_eq!(
+            prompt.surround(&text, max(5, true), false).unwrap(),
+            [1, 2, 5, 6, 9]
+        );
+        let alone = Prompt::default();
+        assert_eq!(
+            alone.surround(&text, max(3, true), true).unwrap(),
+            [5, 6, 8]
+        );
+        assert!(matches!(
+            prompt.surround(&text, max(6, false), false),
+            Err(TextError::TooLong { tokens: 7, max: 6 })
+        ));
+        assert!(matches!(
+            prompt.surround(&text, max(3, true), false),
+            Err(TextError::NoRoom { tokens: 3, max: 3 })
+        ));
+        assert!(matches!(
+            alone.surround(&[], max(3, true), true),
+            Err(TextError::Empty)
+        ));
+    }
+}
