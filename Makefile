@@ -35,7 +35,7 @@ python-test: python
 
 # The extension module, built in release: its tests and benchmarks time calls of microseconds.
 python: $(VENV)/installed
-	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet
+	PIP_QUIET=1 VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet
 
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)
@@ -45,6 +45,7 @@ $(VENV)/installed: pyproject.toml
 
 # Minutes of measuring on an idle machine; rewrites the JSON results and plots in benchmark/.
 bench: python
+	$(BIN)/python benchmark/real_batches.py
 	cargo bench -p radix_mlp --bench fold
 	$(BIN)/python benchmark/fold_vs_published.py
 	$(BIN)/python benchmark/cpu_forward/run.py

@@ -1,0 +1,240 @@
+"""A batch folded onto its prefix trie, over NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from radix_mlp import _core
+from radix_mlp._host import is_tensor, to_host, unsigned
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from radix_mlp.torch import FoldTensors
+
+    Ids = ArrayLike | torch.Tensor
+    UInt32 = NDArray[np.uint32]
+
+T = TypeVar("T")
+
+
+def compute_fold_and_scatter(
+    input_ids: Ids,
+    position_ids: Ids,
+    cu_seq_lengths: Ids,
+    pad_multiple_of: int | None = None,
+    bound_checks: bool | None = None,
+) -> tuple[UInt32, UInt32, UInt32, UInt32]:
+    """Fold a batch in first-occurrence layout, in the form of the published package 0.0.x.
+
+    `input_ids` and `position_ids` are [N], `cu_seq_lengths` [sequences + 1]: integers of any width,
+    in arrays, lists or tensors. Returns uint32 arrays `(compact_input_ids, compact_position_ids,
+    scatter_indices, fold_gather)`: `scatter_indices` is [N], the others are [rows].
+
+    `bound_checks` has no effect: input is always checked. Raises ValueError for input that is not a
+    batch, TypeError for what are not integers. `Fold` gives the same with names, and more.
+    """
+    batch = (input_ids, position_ids, cu_seq_lengths)
+    return _call(_core.compute_fold_and_scatter, batch, pad_multiple_of)
+
+
+class Fold(_core.Fold):
+    """A batch folded onto its prefix trie: N tokens of original space, N' rows of compact space.
+
+    Two tokens share a row if and only if the whole paths of (token id, position id) pairs from the
+    start of their sequences to them are equal, and their sequences' salts.
+
+    The arrays are read-only uint32 views of the fold's own memory:
+
+    - `input_ids`, `position_ids` [rows]: the compact batch.
+    - `scatter_indices` [N]: `original[i] == compact[scatter_indices[i]]`.
+    - `fold_gather` [rows]: `compact[j] == original[fold_gather[j]]`, the first occurrence.
+    - `cu_seq_lengths` [sequences + 1]: where sequences start and end in original space.
+    - `query_lengths` [sequences], first-occurrence layout: how many new rows each sequence brings.
+      They are its last tokens, and stand in compact space in the order of the sequences.
+    - `subtree_end` [rows], depth-first layout: row q attends to row kv if and only if
+      `kv <= q < subtree_end[kv]`.
+    - `row_order` [rows], depth-first layout: row j is row `row_order[j]` of the other layout.
+
+    What the layout does not have is None. `num_tokens` is N, `num_nodes` N', and `num_rows` N'
+    rounded up to the padding; `compression` is N / N' and `gamma` N' / N.
+    """
+
+    def __new__(
+        cls,
+        input_ids: Ids,
+        position_ids: Ids,
+        cu_seq_lengths: Ids,
+        *,
+        layout: _core.Layout = "first_occurrence",
+        pad_multiple_of: int | None = None,
+        salts: Ids | None = None,
+    ) -> Self:
+        """Fold the packed batch of `input_ids` and `position_ids` [N].
+
+        Sequence s is the tokens `cu_seq_lengths[s]:cu_seq_lengths[s + 1]`. `layout` orders the rows:
+        "first_occurrence" for query-folded attention, "depth_first" for tree attention.
+        `pad_multiple_of` rounds the number of rows up; padding rows are token 0 at position 0.
+        Sequences of different `salts` [sequences] share nothing, as with another adapter or another
+        image behind the same tokens.
+
+        Raises ValueError for input that is not a batch, TypeError for what are not integers.
+        """
+        batch = (input_ids, position_ids, cu_seq_lengths)
+        if salts is not None:
+            salts = unsigned("salts", to_host({"salts": salts})["salts"], np.uint64)
+        new = partial(super().__new__, cls)
+        return _call(new, batch, layout, pad_multiple_of, salts)
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Ids],
+        *,
+        layout: _core.Layout = "first_occurrence",
+        pad_multiple_of: int | None = None,
+        salts: Ids | None = None,
+    ) -> Self:
+        """Fold sequences of token ids, each at positions 0, 1, 2 and so on."""
+        named = to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
+        rows = [unsigned(name, ids) for name, ids in named.items()]
+        offsets = _offsets([len(row) for row in rows])
+        input_ids: Any = np.concatenate(rows) if rows else []
+        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+        return cls(
+            input_ids,
+            positions,
+            offsets,
+            layout=layout,
+            pad_multiple_of=pad_multiple_of,
+            salts=salts,
+        )
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: Ids,
+        attention_mask: Ids,
+        position_ids: Ids | None = None,
+        *,
+        layout: _core.Layout = "first_occurrence",
+        pad_multiple_of: int | None = None,
+        salts: Ids | None = None,
+    ) -> Self:
+        """Fold a padded batch: `input_ids` and `attention_mask` [sequences, length].
+
+        Each row's tokens where the mask is 1 are one sequence, padded on whichever side; original
+        space is `values[attention_mask.astype(bool)]`. `position_ids`, broadcast to the same shape,
+        count each row's tokens from 0 where they are not given.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if position_ids is not None:
+            given["position_ids"] = position_ids
+        host = {name: np.asarray(values) for name, values in to_host(given).items()}
+        ids, mask = host["input_ids"], host["attention_mask"]
+        if ids.ndim != 2 or mask.shape != ids.shape:
+            raise ValueError(
+                "input_ids and attention_mask must have one shape [sequences, length], "
+                f"got {ids.shape} and {mask.shape}"
+            )
+        stray = mask[(mask != 0) & (mask != 1)]
+        if stray.size:
+            raise ValueError(f"attention_mask must hold 0 and 1, got {stray[0]}")
+        kept = mask.astype(bool)
+        if position_ids is None:
+            positions = (np.cumsum(kept, axis=1) - 1)[kept]
+        else:
+            positions = np.broadcast_to(host["position_ids"], ids.shape)[kept]
+        return cls(
+            ids[kept],
+            positions,
+            _offsets(kept.sum(axis=1)),
+            layout=layout,
+            pad_multiple_of=pad_multiple_of,
+            salts=salts,
+        )
+
+    @overload
+    def fold(self, original: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def fold(self, original: ArrayLike) -> NDArray[Any]: ...
+    def fold(self, original: Any) -> Any:
+        """Take values from original to compact space, [N, ...] to [rows, ...].
+
+        Padding rows copy token 0. A tensor stays on its device and in its graph.
+        """
+        return self._select("fold_gather", original, self.num_tokens)
+
+    @overload
+    def unfold(self, compact: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def unfold(self, compact: ArrayLike) -> NDArray[Any]: ...
+    def unfold(self, compact: Any) -> Any:
+        """Take values from compact to original space, [rows, ...] to [N, ...]."""
+        return self._select("scatter_indices", compact, self.num_rows)
+
+    def _select(self, indices: str, values: Any, rows: int) -> Any:
+        values = values if is_tensor(values) else np.asarray(values)
+        if values.ndim == 0 or len(values) != rows:
+            raise ValueError(f"expected {rows} rows, got shape {tuple(values.shape)}")
+        if is_tensor(values):
+            return values.index_select(0, getattr(self.tensors(values.device), indices))
+        return values.take(getattr(self, indices), axis=0)
+
+    def tensors(self, device: torch.device | str = "cpu") -> FoldTensors:
+        """The fold's arrays as int32 tensors on `device`, in one transfer at the first call."""
+        import torch
+
+        from radix_mlp.torch import fold_tensors
+
+        device = torch.device(device)
+        if device not in self._tensors:
+            self._tensors[device] = fold_tensors(self, device)
+        return self._tensors[device]
+
+    @cached_property
+    def _tensors(self) -> dict[torch.device, FoldTensors]:
+        return {}
+
+    def draw(self, label: Callable[[list[int]], str] | None = None) -> str:
+        """A picture of the trie in text, one line for each run of tokens that sequences share.
+
+        `label` renders the ids of a run: `tokenizer.decode`, say. The first ids without it.
+        """
+        return super().draw(_first_ids if label is None else label)
+
+    def __repr__(self) -> str:
+        rows = f", rows={self.num_rows}" if self.num_rows != self.num_nodes else ""
+        return (
+            f"{type(self).__name__}(sequences={self.num_sequences}, tokens={self.num_tokens}, "
+            f"nodes={self.num_nodes}{rows}, compression={self.compression:.2f}, "
+            f"layout={self.layout!r})"
+        )
+
+
+def _call(core: Callable[..., T], batch: tuple[Ids, Ids, Ids], *options: Any) -> T:
+    """`core` on `batch`, once its ids, positions and offsets are the contiguous uint32 it reads."""
+    if getattr(batch[0], "dtype", None) == np.uint32:
+        try:
+            return core(*batch, *options)
+        except TypeError:
+            pass
+    host = to_host(dict(zip(("input_ids", "position_ids", "cu_seq_lengths"), batch, strict=True)))
+    return core(*(unsigned(name, values) for name, values in host.items()), *options)
+
+
+def _offsets(lengths: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _first_ids(ids: list[int]) -> str:
+    shown = " ".join(map(str, ids[:8]))
+    return shown if len(ids) <= 8 else f"{shown} …"

@@ -1,0 +1,230 @@
+//! The Python extension module `radix_mlp._core`: the core's types over NumPy arrays.
+
+use numpy::ndarray::ArrayView1;
+use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pyclass::{PyClass, boolean_struct::True};
+use radix_mlp::{FoldError, Layout};
+
+type Array<'py, T = u32> = Bound<'py, PyArray1<T>>;
+
+fn value_error(error: FoldError) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+/// A Python integer that counts rows.
+fn rows(name: &str, count: i64) -> PyResult<usize> {
+    usize::try_from(count)
+        .map_err(|_| PyValueError::new_err(format!("{name} must be positive, got {count}")))
+}
+
+/// A read-only NumPy view of what `values` borrows from `owner`, which it keeps alive.
+fn view<'py, P, T>(owner: &Bound<'py, P>, values: for<'a> fn(&'a P) -> &'a [T]) -> Array<'py, T>
+where
+    P: PyClass<Frozen = True> + Sync,
+    T: Element,
+{
+    let values = ArrayView1::from(values(owner.get()));
+    // SAFETY: `values` borrows from `owner`, which is frozen, so that nothing moves or changes it,
+    // and which the array holds a reference to. Nobody has seen the array while it is writable.
+    let array = unsafe { PyArray1::borrow_from_array(&values, owner.clone().into_any()) };
+    array.readwrite().make_nonwriteable();
+    array
+}
+
+fn build(
+    py: Python<'_>,
+    [input_ids, position_ids, cu_seq_lengths]: [&PyReadonlyArray1<'_, u32>; 3],
+    layout: Layout,
+    pad_multiple_of: Option<i64>,
+    salts: Option<&PyReadonlyArray1<'_, u64>>,
+) -> PyResult<Fold> {
+    let mut builder = radix_mlp::Fold::builder(
+        input_ids.as_slice()?,
+        position_ids.as_slice()?,
+        cu_seq_lengths.as_slice()?,
+    )
+    .layout(layout);
+    if let Some(multiple) = pad_multiple_of {
+        builder = builder.pad_multiple_of(rows("pad_multiple_of", multiple)?);
+    }
+    if let Some(salts) = salts {
+        builder = builder.salts(salts.as_slice()?);
+    }
+    py.detach(|| builder.build()).map(Fold).map_err(value_error)
+}
+
+#[pyfunction]
+#[pyo3(signature = (input_ids, position_ids, cu_seq_lengths, pad_multiple_of=None))]
+fn compute_fold_and_scatter<'py>(
+    py: Python<'py>,
+    input_ids: PyReadonlyArray1<'py, u32>,
+    position_ids: PyReadonlyArray1<'py, u32>,
+    cu_seq_lengths: PyReadonlyArray1<'py, u32>,
+    pad_multiple_of: Option<i64>,
+) -> PyResult<(Array<'py>, Array<'py>, Array<'py>, Array<'py>)> {
+    let batch = [&input_ids, &position_ids, &cu_seq_lengths];
+    let fold = build(py, batch, Layout::default(), pad_multiple_of, None)?;
+    let (compact_input_ids, compact_position_ids, scatter_indices, fold_gather) =
+        fold.0.into_arrays();
+    Ok((
+        compact_input_ids.into_pyarray(py),
+        compact_position_ids.into_pyarray(py),
+        scatter_indices.into_pyarray(py),
+        fold_gather.into_pyarray(py),
+    ))
+}
+
+#[pyclass(frozen, subclass)]
+struct Fold(radix_mlp::Fold);
+
+#[pymethods]
+impl Fold {
+    #[new]
+    #[pyo3(signature = (input_ids, position_ids, cu_seq_lengths, layout, pad_multiple_of, salts))]
+    fn new(
+        py: Python<'_>,
+        input_ids: PyReadonlyArray1<'_, u32>,
+        position_ids: PyReadonlyArray1<'_, u32>,
+        cu_seq_lengths: PyReadonlyArray1<'_, u32>,
+        layout: &str,
+        pad_multiple_of: Option<i64>,
+        salts: Option<PyReadonlyArray1<'_, u64>>,
+    ) -> PyResult<Self> {
+        let batch = [&input_ids, &position_ids, &cu_seq_lengths];
+        let layout = match layout {
+            "first_occurrence" => Layout::FirstOccurrence,
+            "depth_first" => Layout::DepthFirst,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "layout must be 'first_occurrence' or 'depth_first', got '{other}'"
+                )));
+            }
+        };
+        build(py, batch, layout, pad_multiple_of, salts.as_ref())
+    }
+    #[getter]
+    fn layout(&self) -> &'static str {
+        match self.0.layout() {
+            Layout::FirstOccurrence => "first_occurrence",
+            Layout::DepthFirst => "depth_first",
+        }
+    }
+    #[getter]
+    fn num_tokens(&self) -> usize {
+        self.0.num_tokens()
+    }
+    #[getter]
+    fn num_sequences(&self) -> usize {
+        self.0.num_sequences()
+    }
+    #[getter]
+    fn num_nodes(&self) -> usize {
+        self.0.num_nodes()
+    }
+    #[getter]
+    fn num_rows(&self) -> usize {
+        self.0.num_rows()
+    }
+    #[getter]
+    fn compression(&self) -> f64 {
+        self.0.compression()
+    }
+    #[getter]
+    fn gamma(&self) -> f64 {
+        self.0.gamma()
+    }
+    #[getter]
+    fn cu_seq_lengths<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
+        view(slf, |fold| fold.0.cu_seq_lengths())
+    }
+    #[getter]
+    fn input_ids<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
+        view(slf, |fold| fold.0.input_ids())
+    }
+    #[getter]
+    fn position_ids<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
+        view(slf, |fold| fold.0.position_ids())
+    }
+    #[getter]
+    fn scatter_indices<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
+        view(slf, |fold| fold.0.scatter_indices())
+    }
+    #[getter]
+    fn fold_gather<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
+        view(slf, |fold| fold.0.fold_gather())
+    }
+    #[getter]
+    fn query_lengths<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        slf.get().0.query_lengths()?;
+        Some(view(slf, |fold| fold.0.query_lengths().unwrap_or_default()))
+    }
+    #[getter]
+    fn subtree_end<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        slf.get().0.subtree_end()?;
+        Some(view(slf, |fold| fold.0.subtree_end().unwrap_or_default()))
+    }
+    #[getter]
+    fn row_order<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        slf.get().0.row_order()?;
+        Some(view(slf, |fold| fold.0.row_order().unwrap_or_default()))
+    }
+
+    fn block_mask(&self, py: Python<'_>, block_size: i64) -> PyResult<BlockMask> {
+        let block_size = rows("block_size", block_size)?;
+        py.detach(|| self.0.block_mask(block_size))
+            .map(BlockMask)
+            .map_err(value_error)
+    }
+
+    fn draw(&self, label: &Bound<'_, PyAny>) -> PyResult<String> {
+        let mut failure = None;
+        let picture = self.0.draw(|ids| {
+            if failure.is_some() {
+                return String::new();
+            }
+            let text = label.call1((ids,)).and_then(|text| text.extract());
+            text.unwrap_or_else(|error| {
+                failure = Some(error);
+                String::new()
+            })
+        });
+        failure.map_or(Ok(picture), Err)
+    }
+}
+
+#[pyclass(frozen)]
+struct BlockMask(radix_mlp::BlockMask);
+
+#[pymethods]
+impl BlockMask {
+    #[getter]
+    fn block_size(&self) -> usize {
+        self.0.block_size()
+    }
+    #[getter]
+    fn num_blocks(&self) -> usize {
+        self.0.num_blocks()
+    }
+    #[getter]
+    fn full<'py>(slf: &Bound<'py, Self>) -> (Array<'py, usize>, Array<'py>) {
+        let offsets = view(slf, |mask| &mask.0.full().offsets);
+        (offsets, view(slf, |mask| &mask.0.full().indices))
+    }
+    #[getter]
+    fn partial<'py>(slf: &Bound<'py, Self>) -> (Array<'py, usize>, Array<'py>) {
+        let offsets = view(slf, |mask| &mask.0.partial().offsets);
+        (offsets, view(slf, |mask| &mask.0.partial().indices))
+    }
+}
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::{BlockMask, Fold, compute_fold_and_scatter};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
