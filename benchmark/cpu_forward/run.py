@@ -5,7 +5,7 @@ sequence at a time) in alternation on the same weights, token ids and number of 
 first sequences of ../shared/data, at most MAX_SEQUENCES and MAX_TOKENS; their token ids are renumbered, so that a
 small vocabulary holds them. Also fits the constants of package/src/qwen3/cost.rs.
 
-    python benchmark/cpu_forward/run.py            # half an hour, on an idle machine; rewrites results/
+    python benchmark/cpu_forward/run.py            # a quarter of an hour, on an idle machine; rewrites results/
     python benchmark/cpu_forward/run.py --quick    # one short round, writes nothing: does it run?
     python benchmark/cpu_forward/run.py --plot     # draws the plot from the JSON result
 """
@@ -40,6 +40,7 @@ WORK = ROOT / "target" / "cpu_forward"
 RESULT = ROOT / "benchmark" / "results" / "cpu_forward.json"
 LEVELS = ["none", "mlp", "full"]
 MAX_SEQUENCES, MAX_TOKENS = 32, 16_384
+ROUNDS = 3
 CONFIG = transformers.Qwen3Config(
     vocab_size=16_384,
     hidden_size=768,
@@ -257,7 +258,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "config": CONFIG.to_diff_dict(), "rows": []}
     print(f"{'batch':20}{'fold':>7}{'mlp':>7}{'full':>7}{'none/transformers':>19}  seconds of none, chosen level")
     for name, batch in inputs.items():
-        row = measure(rust, reference, name, batch, 1 if arguments.quick else 7)
+        row = measure(rust, reference, name, batch, 1 if arguments.quick else ROUNDS)
         result["rows"].append(row)
         speeds = f"{row['compression']:7.2f}{row['mlp_speedup']:7.2f}{row['full_speedup']:7.2f}"
         print(f"{name:20}{speeds}{row['none_over_transformers']:19.2f}  {row['seconds']['none']}, {row['chosen']}")

@@ -54,3 +54,8 @@ pub use crate::batching::{Budget, PlannedBatch, plan_batches};
 pub use crate::block_mask::{BlockMask, Csr};
 pub use crate::error::FoldError;
 pub use crate::fold::{Fold, FoldBuilder, Layout, compute_fold_and_scatter};
+
+/// Compiles and runs the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
