@@ -156,6 +156,7 @@ def measure(rust: Rust, reference: Transformers, name: str, batch: Batch, rounds
         "tokens": answer["tokens"],
         "nodes": answer["nodes"],
         "compression": round(answer["tokens"] / answer["nodes"], 3),
+        "flop_compression": round(sum(costs(batch, False)[:2]) / sum(costs(batch, True)[:2]), 3),
         "seconds": {key: round(statistics.median(values), 4) for key, values in seconds.items()},
         "mlp_speedup": ratio("none", "mlp"),
         "full_speedup": ratio("none", "full"),
@@ -167,7 +168,10 @@ def measure(rust: Rust, reference: Transformers, name: str, batch: Batch, rounds
 
 
 def costs(batch: Batch, folded: bool) -> list[float]:
-    """What cost.rs counts, for all layers: flops of the projections, flops of the attention, key ranges × heads."""
+    """What cost.rs counts, for all layers, and key ranges × heads: flops of the projections, flops of the attention.
+
+    Attention saves less than N/N' where short sequences are prefixes of long ones, as an agent's turns are.
+    """
     trie: list[dict[int, int]] = [{}]
     rows = pairs = ranges = 0
     for sequence in batch:

@@ -34,15 +34,6 @@ struct Segment {
     prefix: Vec<Range<usize>>,
 }
 
-/// What a plan costs in each layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct PlanCost {
-    /// (query, key) pairs.
-    pub pairs: u64,
-    /// Ranges of keys, each counted once for every segment that reads it.
-    pub key_ranges: u64,
-}
-
 impl AttentionPlan {
     /// `None` and `Mlp` attend over the original rows. `Full` attends over the nodes of the trie,
     /// each a query in the sequence that shows it first, and reads their keys where they stand.
@@ -68,15 +59,14 @@ impl AttentionPlan {
         }
     }
 
-    pub fn cost(&self) -> PlanCost {
-        let mut cost = PlanCost::default();
-        for segment in &self.segments {
+    /// Number of (query, key) pairs, in each layer and head.
+    pub fn pairs(&self) -> u64 {
+        let pairs = |segment: &Segment| {
             let queries = segment.queries.len() as u64;
             let prefix: usize = segment.prefix.iter().map(Range::len).sum();
-            cost.pairs += queries * prefix as u64 + queries * (queries + 1) / 2;
-            cost.key_ranges += segment.prefix.len() as u64 + 1;
-        }
-        cost
+            queries * prefix as u64 + queries * (queries + 1) / 2
+        };
+        self.segments.iter().map(pairs).sum()
     }
 }
 

@@ -84,7 +84,8 @@ class Fold(_core.Fold):
         Sequences of different `salts` [sequences] share nothing, as with another adapter or another
         image behind the same tokens.
 
-        Raises ValueError for input that is not a batch, TypeError for what are not integers.
+        Raises ValueError for input that is not a batch, TypeError for what are not integers. Other
+        threads run meanwhile; they must not write to the arrays.
         """
         batch = (input_ids, position_ids, cu_seq_lengths)
         if salts is not None:
