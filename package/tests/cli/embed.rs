@@ -104,6 +104,33 @@ fn formats_and_fold_levels_agree() {
     assert!(values.eq(auto.concat()));
 }
 
+/// The summary's "N tokens, N' computed".
+#[test]
+fn each_level_computes_what_it_should() {
+    let fixture = Fixture::new();
+    let computed = |texts: &[String], fold: &str| {
+        let arguments = ["embed", "-m", "model", "-i", "-", "-o", "-", "--fold", fold];
+        let message = stderr(&fixture.pipe(&arguments, &jsonl(texts)));
+        let numbers = message.split_once(": ").unwrap().1.split(", ");
+        let number = |part: &str| part.split(' ').next().unwrap().replace(',', "");
+        let counts: Vec<usize> = numbers
+            .take(2)
+            .map(|n| number(n).parse().unwrap())
+            .collect();
+        (counts[0], counts[1])
+    };
+    let texts = texts();
+    let tokens = texts.iter().map(|text| text.len() + 1).sum();
+    assert_eq!(computed(&texts, "none"), (tokens, tokens));
+    let (_, unique) = computed(&texts, "full");
+    assert!(unique * 3 < tokens, "{unique} of {tokens}");
+    for fold in ["mlp", "auto"] {
+        assert_eq!(computed(&texts, fold), (tokens, unique));
+    }
+    let unshared = ["one".to_owned(), "two".to_owned()];
+    assert_eq!(computed(&unshared, "auto"), (8, 8));
+}
+
 #[test]
 fn reduced_precision_stays_near() {
     let fixture = Fixture::new();
