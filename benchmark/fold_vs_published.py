@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import radix_mlp as ours
+from machine import ROOT, cpu, output_of
 from real_batches import real_batches
 
-ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = Path(__file__).with_suffix(".requirements.txt")
 SHAPES = ROOT / "package" / "benches" / "shapes.json"
 RESULT = ROOT / "benchmark" / "results" / "fold_vs_published.json"
@@ -172,16 +172,11 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-
-
 def environment() -> dict[str, Any]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     published = REQUIREMENTS.read_text().strip()
     return {
         "hardware": {
-            "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+            "cpu": cpu(),
             "cores": os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         },

@@ -13,7 +13,6 @@ small vocabulary holds them. Also fits the constants of package/src/qwen3/cost.r
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from machine import cpu, output_of  # noqa: E402
 from real_batches import real_batches  # noqa: E402
 
 WORK = ROOT / "target" / "cpu_forward"
@@ -211,20 +211,13 @@ def fit(inputs: dict[str, Batch], rows: list[dict[str, Any]]) -> dict[str, float
 
 
 def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line for line in lines if line.startswith("model name")), platform.processor())
-
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
     return {
-        "cpu": cpu.split(":")[-1].strip(),
+        "cpu": cpu(),
         "threads": THREADS,
-        "rustc": output("rustc", "--version"),
+        "rustc": output_of("rustc", "--version"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": output("git", "describe", "--always", "--dirty"),
+        "commit": output_of("git", "describe", "--always", "--dirty"),
     }
 
 

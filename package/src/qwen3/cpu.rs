@@ -37,15 +37,9 @@ pub(super) fn forward(
         buffers.attend(config, plan, expansion);
         buffers.finish(config, layer, &mut states)?;
     }
-    let norm = elements(&weights.norm)?;
-    let norm = norm.slice()?;
-    let norm = Norm {
-        from: &states,
-        weight: norm,
-        eps: config.rms_norm_eps as f32,
-    };
     let mut normed = vec![0.0; states.len()];
-    for_each_row(&mut normed, hidden, &norm);
+    let eps = config.rms_norm_eps as f32;
+    norm_rows(&mut normed, &states, &weights.norm, eps)?;
     Tensor::from_vec(normed, (rows.input_ids.len(), hidden), &Device::Cpu)
 }
 
@@ -90,21 +84,15 @@ impl Buffers {
     ) -> Result<()> {
         let (hidden, width) = (config.hidden_size, config.qkv_width());
         let eps = config.rms_norm_eps as f32;
-        let norm = elements(&layer.input_norm)?;
         let (q_norm, k_norm) = (elements(&layer.q_norm)?, elements(&layer.k_norm)?);
-        let (norm, q_norm, k_norm) = (norm.slice()?, q_norm.slice()?, k_norm.slice()?);
+        let (q_norm, k_norm) = (q_norm.slice()?, k_norm.slice()?);
         let chunks = states.chunks(CHUNK_ROWS * hidden);
         for (index, (states, qkv)) in chunks
             .zip(self.qkv.chunks_mut(CHUNK_ROWS * width))
             .enumerate()
         {
             let normed = &mut self.normed[..states.len()];
-            let norm = Norm {
-                from: states,
-                weight: norm,
-                eps,
-            };
-            for_each_row(normed, hidden, &norm);
+            norm_rows(normed, states, &layer.input_norm, eps)?;
             linear(qkv, Store::Replace, normed, &layer.qkv)?;
             let norm_and_rotate = NormAndRotate {
                 head_dim: config.head_dim,
@@ -148,8 +136,6 @@ impl Buffers {
     ) -> Result<()> {
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let eps = config.rms_norm_eps as f32;
-        let norm = elements(&layer.mlp_norm)?;
-        let norm = norm.slice()?;
         let chunks = states.chunks_mut(CHUNK_ROWS * hidden);
         for (states, attended) in
             chunks.zip(self.attended.chunks(CHUNK_ROWS * config.attention_width()))
@@ -157,12 +143,7 @@ impl Buffers {
             let rows = states.len() / hidden;
             linear(states, Store::Add, attended, &layer.output)?;
             let normed = &mut self.normed[..states.len()];
-            let norm = Norm {
-                from: states,
-                weight: norm,
-                eps,
-            };
-            for_each_row(normed, hidden, &norm);
+            norm_rows(normed, states, &layer.mlp_norm, eps)?;
             let gate_up = &mut self.gate_up[..rows * 2 * intermediate];
             linear(gate_up, Store::Replace, normed, &layer.gate_up)?;
             let activated = &mut self.activated[..rows * intermediate];
@@ -211,6 +192,14 @@ fn linear(output: &mut [f32], store: Store, x: &[f32], layer: &Linear) -> Result
             },
         );
     }
+    Ok(())
+}
+
+/// `to` = RMS norm of the rows of `from`, as wide as the weight.
+fn norm_rows(to: &mut [f32], from: &[f32], weight: &Tensor, eps: f32) -> Result<()> {
+    let weight = elements(weight)?;
+    let weight = weight.slice()?;
+    for_each_row(to, weight.len(), &Norm { from, weight, eps });
     Ok(())
 }
 

@@ -300,6 +300,10 @@ fn a_bad_line_is_named_and_leaves_no_output() {
         ("[1, 2]", "expected a string"),
         ("{\"query\": \"why\"}", "expected a string"),
         ("{\"text\": 7}", "expected a string"),
+        (
+            "{\"text\": \"why\", \"query\": \"why\"}",
+            "expected a string",
+        ),
         ("\u{1F600}\u{FFFF}", "expected value"),
     ] {
         fixture.write("bad.jsonl", &format!("\"good\"\n\n{bad}\n"));

@@ -158,16 +158,14 @@ impl Records {
         if self.format == Format::Text {
             return Ok(Content::Text(line.to_owned()));
         }
-        // By hand rather than by serde's first match, whose errors don't say what is wrong.
+        // Two steps: what is no JSON gets the parser's own message, with its column.
         let value: serde_json::Value = serde_json::from_str(line)?;
-        let expected =
-            "expected a string, {\"text\": string} or {\"query\": string, \"passages\": [string]}";
         match serde_json::from_value(value) {
             Ok(Line::Plain(text)) => Ok(Content::Text(text)),
             Ok(Line::Object {
                 text: Some(text),
+                query: None,
                 passages: None,
-                ..
             }) => Ok(Content::Text(text)),
             Ok(Line::Object {
                 text: None,
@@ -182,7 +180,10 @@ impl Records {
                     passages: passages.into_iter().map(text).collect(),
                 })
             }
-            _ => bail!("{expected}"),
+            _ => bail!(
+                "expected a string, {{\"text\": string}} or \
+                 {{\"query\": string, \"passages\": [string]}}"
+            ),
         }
     }
 }

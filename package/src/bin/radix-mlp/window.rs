@@ -31,10 +31,8 @@ impl Window {
         &self,
         encoded: Vec<Result<Vec<u32>, TextError>>,
     ) -> anyhow::Result<Vec<Vec<u32>>> {
-        let lines = self
-            .entries
-            .iter()
-            .flat_map(|entry| vec![entry.line; entry.texts]);
+        let lines = self.entries.iter();
+        let lines = lines.flat_map(|entry| std::iter::repeat_n(entry.line, entry.texts));
         let numbered = encoded.into_iter().zip(lines);
         numbered
             .map(|(tokens, line)| tokens.with_context(|| format!("line {line}")))
