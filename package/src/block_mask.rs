@@ -3,12 +3,14 @@ use crate::error::FoldError;
 /// The tree-attention mask in blocks: for every query block, which key blocks it sees whole and
 /// which in part. Key blocks that are listed nowhere are not seen.
 ///
-/// Block `b` is the rows `b * block_size..(b + 1) * block_size`, the last one cut at the number of
-/// rows. Within each query block, key blocks ascend. The form is that of FlexAttention's
-/// `BlockMask`, as compressed sparse rows.
+/// Query block `b` is the rows `b * query_block..(b + 1) * query_block`, the last one cut at the
+/// number of rows; key blocks likewise. A key block that is cut counts as seen in part, so that a
+/// kernel may load the others whole. Within each query block, key blocks ascend. The form is that of
+/// FlexAttention's `BlockMask`, as compressed sparse rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockMask {
-    block_size: usize,
+    query_block: usize,
+    key_block: usize,
     full: Csr,
     partial: Csr,
 }
@@ -48,52 +50,62 @@ impl Csr {
 }
 
 impl BlockMask {
-    pub(crate) fn new(subtree_end: &[u32], block_size: usize) -> Result<Self, FoldError> {
-        if block_size == 0 {
+    pub(crate) fn new(
+        subtree_end: &[u32],
+        query_block: usize,
+        key_block: usize,
+    ) -> Result<Self, FoldError> {
+        if query_block == 0 || key_block == 0 {
             return Err(FoldError::ZeroBlockSize);
         }
         let rows = subtree_end.len();
-        let num_blocks = rows.div_ceil(block_size);
+        let num_blocks = rows.div_ceil(query_block);
         let mut full = Csr::with_capacity(num_blocks);
         let mut partial = Csr::with_capacity(num_blocks);
-        let mut path = Path::new(block_size);
+        let mut path = Path::new(key_block);
         let mut chains = chains(subtree_end).peekable();
-        for block in 0..num_blocks {
-            let start = block * block_size;
-            let end = (start + block_size).min(rows);
+        for start in (0..rows).step_by(query_block) {
+            let end = rows.min(start + query_block);
             // Keys before this block are seen from within it only if its first row sees them:
             // their subtrees are intervals that start before it.
             while let Some(chain) = chains.next_if(|chain| chain.start <= start) {
                 path.enter(chain);
             }
-            for seen in path.blocks.iter().take_while(|seen| seen.block < block) {
-                let whole = seen.rows == block_size && seen.subtree_end >= end;
+            let own = start / key_block..end.div_ceil(key_block);
+            for seen in path.blocks.iter().take_while(|seen| seen.block < own.start) {
+                let whole = seen.rows == key_block && seen.subtree_end >= end;
                 let lists = if whole { &mut full } else { &mut partial };
                 lists.indices.push(seen.block as u32);
             }
-            // A block sees itself in part, as causality cuts it, unless it is a single row.
-            let own = if end - start == 1 {
-                &mut full
-            } else {
-                &mut partial
-            };
-            own.indices.push(block as u32);
+            for block in own {
+                // Causality cuts the blocks of the query block's own rows, unless its first row is
+                // their last.
+                let whole = (block + 1) * key_block == start + 1 && path.covers(block, end);
+                let lists = if whole { &mut full } else { &mut partial };
+                lists.indices.push(block as u32);
+            }
             full.end_row();
             partial.end_row();
         }
         Ok(Self {
-            block_size,
+            query_block,
+            key_block,
             full,
             partial,
         })
     }
 
-    /// Rows in a block.
-    pub fn block_size(&self) -> usize {
-        self.block_size
+    /// Rows in a query block.
+    pub fn query_block(&self) -> usize {
+        self.query_block
     }
 
-    /// Number of query blocks, and of key blocks.
+    /// Rows in a key block.
+    pub fn key_block(&self) -> usize {
+        self.key_block
+    }
+
+    /// Number of query blocks.
     pub fn num_blocks(&self) -> usize {
         self.full.offsets.len() - 1
     }
@@ -153,6 +165,13 @@ impl Path {
             chains: Vec::new(),
             blocks: Vec::new(),
         }
+    }
+
+    /// Whether the path holds all rows of key block `block`, and every row before `end` that follows
+    /// them sees them.
+    fn covers(&self, block: usize, end: usize) -> bool {
+        let seen = self.blocks.iter().rfind(|seen| seen.block == block);
+        seen.is_some_and(|seen| seen.rows == self.block_size && seen.subtree_end >= end)
     }
 
     /// Moves on to `chain`, the next in depth-first order.

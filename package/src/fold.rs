@@ -364,15 +364,15 @@ impl Fold {
         self.compression().recip()
     }
 
-    /// Block lists of the tree-attention mask, for square blocks of `block_size` rows. Time and
-    /// memory follow the rows and the listed blocks, not their square.
+    /// Block lists of the tree-attention mask, for blocks of `query_block` by `key_block` rows. Time
+    /// and memory follow the rows and the listed blocks, not the square of the rows.
     ///
     /// # Errors
     ///
     /// [`FoldError::NeedsDepthFirst`] in first-occurrence layout, [`FoldError::ZeroBlockSize`].
-    pub fn block_mask(&self, block_size: usize) -> Result<BlockMask, FoldError> {
+    pub fn block_mask(&self, query_block: usize, key_block: usize) -> Result<BlockMask, FoldError> {
         let subtree_end = self.subtree_end().ok_or(FoldError::NeedsDepthFirst)?;
-        BlockMask::new(subtree_end, block_size)
+        BlockMask::new(subtree_end, query_block, key_block)
     }
 
     /// Takes values from original to compact space: \[N, width\] to \[rows, width\], where padding

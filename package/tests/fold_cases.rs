@@ -219,7 +219,7 @@ fn what_is_no_batch_is_an_error_with_its_values() {
         })
     );
     let fold = batch.build().unwrap();
-    assert_eq!(fold.block_mask(64), Err(FoldError::NeedsDepthFirst));
+    assert_eq!(fold.block_mask(64, 64), Err(FoldError::NeedsDepthFirst));
     assert_eq!(
         fold.unfold(&[1, 2, 3], 2),
         Err(FoldError::RowsMismatch {
@@ -237,7 +237,7 @@ fn what_is_no_batch_is_an_error_with_its_values() {
         })
     );
     let tree = batch.layout(Layout::DepthFirst).build().unwrap();
-    assert_eq!(tree.block_mask(0), Err(FoldError::ZeroBlockSize));
+    assert_eq!(tree.block_mask(0, 64), Err(FoldError::ZeroBlockSize));
 }
 
 #[test]

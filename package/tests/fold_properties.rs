@@ -178,18 +178,23 @@ fn check_depth_first(first: &Fold, tree: &Fold) {
 }
 
 /// Blocks of the mask by looking at every pair of rows.
-fn check_block_mask(tree: &Fold, block_size: usize) {
-    let mask = tree.block_mask(block_size).unwrap();
+fn check_block_mask(tree: &Fold, query_block: usize, key_block: usize) {
+    let mask = tree.block_mask(query_block, key_block).unwrap();
     let rows = tree.num_rows();
     let parents = parents(tree);
-    let block = |b: usize| b * block_size..rows.min((b + 1) * block_size);
-    assert_eq!(mask.num_blocks(), rows.div_ceil(block_size));
+    let block = |b: usize, size: usize| b * size..rows.min((b + 1) * size);
+    assert_eq!(
+        (mask.query_block(), mask.key_block()),
+        (query_block, key_block)
+    );
+    assert_eq!(mask.num_blocks(), rows.div_ceil(query_block));
     for q in 0..mask.num_blocks() {
         let (mut full, mut partial) = (Vec::new(), Vec::new());
-        for kv in 0..mask.num_blocks() {
-            let pairs = block(q).flat_map(|q| block(kv).map(move |kv| (q, kv)));
+        for kv in 0..rows.div_ceil(key_block) {
+            let keys = block(kv, key_block);
+            let pairs = block(q, query_block).flat_map(|q| keys.clone().map(move |kv| (q, kv)));
             let seen: Vec<bool> = pairs.map(|(q, kv)| sees(&parents, q, kv)).collect();
-            if seen.iter().all(|&seen| seen) {
+            if keys.len() == key_block && seen.iter().all(|&seen| seen) {
                 full.push(kv as u32);
             } else if seen.iter().any(|&seen| seen) {
                 partial.push(kv as u32);
@@ -216,8 +221,10 @@ proptest! {
     }
 
     #[test]
-    fn block_masks_match_all_pairs(batch in batches(), pad in 1..9usize, block_size in 1..20usize) {
-        check_block_mask(&batch.fold(Layout::DepthFirst, pad), block_size);
+    fn block_masks_match_all_pairs(
+        batch in batches(), pad in 1..9usize, query_block in 1..20usize, key_block in 1..20usize,
+    ) {
+        check_block_mask(&batch.fold(Layout::DepthFirst, pad), query_block, key_block);
     }
 
     /// Wide nodes find children by hash; splitting them hands the hashed children on.
@@ -271,8 +278,8 @@ fn deep_and_branching_tries_fold() {
     check_first_occurrence(&batch, &first);
     let tree = batch.fold(Layout::DepthFirst, 1);
     check_depth_first(&first, &tree);
-    for block_size in [1, 7, 64, 1000] {
-        check_block_mask(&tree, block_size);
+    for (query_block, key_block) in [(1, 1), (1, 7), (7, 7), (64, 16), (16, 64), (1000, 1000)] {
+        check_block_mask(&tree, query_block, key_block);
     }
 }
 
@@ -285,7 +292,7 @@ fn block_mask_of_a_plain_sequence_is_causal() {
         .build()
         .unwrap();
     // Looking at every pair of rows would take 10^12 steps.
-    let mask = tree.block_mask(1 << 12).unwrap();
+    let mask = tree.block_mask(1 << 12, 1 << 12).unwrap();
     let Csr { offsets, indices } = mask.full();
     assert_eq!(indices.len(), 256 * 255 / 2);
     assert_eq!(offsets[256], indices.len());

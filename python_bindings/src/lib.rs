@@ -171,9 +171,16 @@ impl Fold {
         Some(view(slf, |fold| fold.0.row_order().unwrap_or_default()))
     }
 
-    fn block_mask(&self, py: Python<'_>, block_size: i64) -> PyResult<BlockMask> {
-        let block_size = rows("block_size", block_size)?;
-        py.detach(|| self.0.block_mask(block_size))
+    #[pyo3(signature = (query_block, key_block=None))]
+    fn block_mask(
+        &self,
+        py: Python<'_>,
+        query_block: i64,
+        key_block: Option<i64>,
+    ) -> PyResult<BlockMask> {
+        let query_block = rows("query_block", query_block)?;
+        let key_block = key_block.map_or(Ok(query_block), |count| rows("key_block", count))?;
+        py.detach(|| self.0.block_mask(query_block, key_block))
             .map(BlockMask)
             .map_err(value_error)
     }
@@ -200,8 +207,12 @@ struct BlockMask(radix_mlp::BlockMask);
 #[pymethods]
 impl BlockMask {
     #[getter]
-    fn block_size(&self) -> usize {
-        self.0.block_size()
+    fn query_block(&self) -> usize {
+        self.0.query_block()
+    }
+    #[getter]
+    fn key_block(&self) -> usize {
+        self.0.key_block()
     }
     #[getter]
     fn num_blocks(&self) -> usize {

@@ -70,8 +70,8 @@ def test_fold_equals_naive(batch: Batch, pad_multiple_of: int | None, salted: bo
     assert new_tokens == gather[:nodes]
 
 
-@given(batches(), paddings, st.sampled_from([1, 2, 5]))
-def test_depth_first_equals_naive(batch: Batch, pad_multiple_of: int | None, block_size: int) -> None:
+@given(batches(), paddings, st.sampled_from([1, 2, 5]), st.sampled_from([1, 2, 5]))
+def test_depth_first_equals_naive(batch: Batch, pad_multiple_of: int | None, query_block: int, key_block: int) -> None:
     fold = Fold(*batch.arrays(), layout="depth_first", pad_multiple_of=pad_multiple_of)
     assert (fold.layout, fold.query_lengths) == ("depth_first", None)
     assert fold.row_order is not None
@@ -90,17 +90,19 @@ def test_depth_first_equals_naive(batch: Batch, pad_multiple_of: int | None, blo
     mask = (rows <= rows[:, None]) & (rows[:, None] < fold.subtree_end)
     assert (mask == seen).all()
 
-    blocks = fold.block_mask(block_size)
-    assert blocks.block_size == block_size
-    assert blocks.num_blocks == -(-fold.num_rows // block_size)
+    blocks = fold.block_mask(query_block, key_block)
+    assert (blocks.query_block, blocks.key_block) == (query_block, key_block)
+    assert blocks.num_blocks == -(-fold.num_rows // query_block)
     for q in range(blocks.num_blocks):
-        band = seen[q * block_size : (q + 1) * block_size]
-        for kv in range(blocks.num_blocks):
-            block = band[:, kv * block_size : (kv + 1) * block_size]
+        band = seen[q * query_block : (q + 1) * query_block]
+        for kv in range(-(-fold.num_rows // key_block)):
+            block = band[:, kv * key_block : (kv + 1) * key_block]
             whole, part = (
                 kv in indices[offsets[q] : offsets[q + 1]] for offsets, indices in (blocks.full, blocks.partial)
             )
-            assert (whole, part) == (bool(block.all()), bool(block.any() and not block.all()))
+            uncut = block.shape[1] == key_block
+            assert whole == bool(uncut and block.all())
+            assert part == bool(block.any() and not whole)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "uint32", "uint64", ">i4"])
@@ -188,7 +190,7 @@ def test_block_mask_errors() -> None:
     tree = Fold(*BATCH.arrays(), layout="depth_first")
     with pytest.raises(ValueError, match="0 rows"):
         tree.block_mask(0)
-    with pytest.raises(ValueError, match="block_size must be positive, got -1"):
+    with pytest.raises(ValueError, match="query_block must be positive, got -1"):
         tree.block_mask(-1)
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 import radix_mlp
 from oracle import Batch, batches, naive_fold, paddings
 from radix_mlp import Fold
-from radix_mlp.torch import FoldTensors, _in_one_copy, compute_fold_and_scatter_torch
+from radix_mlp.torch import FoldTensors, compute_fold_and_scatter_torch
+from radix_mlp.torch.fold import _in_one_copy
 
 DEVICES = [
     "cpu",

@@ -24,7 +24,7 @@ def to_host(named: Mapping[str, Any]) -> dict[str, Any]:
     """`named` with its tensors as NumPy arrays: those of an accelerator come in one copy."""
     if not any(map(is_tensor, named.values())):
         return dict(named)
-    from radix_mlp.torch import to_host
+    from radix_mlp.torch.fold import to_host
 
     return to_host(named)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -192,15 +192,19 @@ class Fold(_core.Fold):
         """The fold's arrays as int32 tensors on `device`, in one transfer at the first call."""
         import torch
 
-        from radix_mlp.torch import fold_tensors
+        from radix_mlp.torch.fold import fold_tensors
 
         device = torch.device(device)
-        if device not in self._tensors:
-            self._tensors[device] = fold_tensors(self, device)
-        return self._tensors[device]
+        return self.derived(("tensors", device), lambda: fold_tensors(self, device))
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when `key` was first asked for: what attention makes of a fold, it keeps here."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast("T", self._derived[key])
 
     @cached_property
-    def _tensors(self) -> dict[torch.device, FoldTensors]:
+    def _derived(self) -> dict[Hashable, Any]:
         return {}
 
     def draw(self, label: Callable[[list[int]], str] | None = None) -> str:

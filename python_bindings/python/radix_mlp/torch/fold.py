@@ -14,8 +14,6 @@ from radix_mlp.fold import Fold
 if TYPE_CHECKING:
     from radix_mlp import _core
 
-__all__ = ["FoldTensors", "compute_fold_and_scatter_torch", "fold_tensors"]
-
 
 @dataclass(frozen=True)
 class FoldTensors:
@@ -63,23 +61,36 @@ def compute_fold_and_scatter_torch(
 
 
 def fold_tensors(fold: "_core.Fold", device: torch.device) -> FoldTensors:
-    """The arrays of `fold` on `device`: one transfer, from pinned memory to CUDA.
-
-    Raises ValueError where int32 cannot hold a value.
-    """
+    """The arrays of `fold` on `device`. Raises ValueError where int32 cannot hold a value."""
     arrays: dict[str, NDArray[np.uint32]] = {}
     for name in FoldTensors.__dataclass_fields__:
         array = getattr(fold, name)
         if array is not None:
             arrays[name] = array
-    sizes = [len(array) for array in arrays.values()]
-    packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    host = packed.numpy().view(np.uint32)
-    np.concatenate(list(arrays.values()), out=host)
-    if host.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"{host.max()} does not fit in an int32 tensor")
-    slices = torch.split(packed.to(device, non_blocking=True), sizes)
-    return FoldTensors(**dict(zip(arrays, slices, strict=True)))
+    return FoldTensors(**to_device(arrays, device))
+
+
+def to_device(arrays: Mapping[str, NDArray[np.integer[Any]]], device: torch.device) -> dict[str, Tensor]:
+    """One-dimensional arrays as int32 tensors of `device`: one transfer, from pinned memory to CUDA.
+
+    Raises ValueError where int32 cannot hold a value.
+    """
+    packed = pack(arrays, pinned=device.type == "cuda").to(device, non_blocking=True)
+    return dict(zip(arrays, torch.split(packed, [len(array) for array in arrays.values()]), strict=True))
+
+
+def pack(arrays: Mapping[str, NDArray[np.integer[Any]]], *, pinned: bool) -> Tensor:
+    """One-dimensional arrays of values that are not negative, one after another, as an int32 tensor of the CPU.
+
+    Raises ValueError where int32 cannot hold a value.
+    """
+    packed = torch.empty(sum(map(len, arrays.values())), dtype=torch.int32, pin_memory=pinned)
+    host = packed.numpy()
+    np.concatenate(list(arrays.values()), out=host, casting="unsafe")
+    if host.size and host.min() < 0:
+        largest = max(int(array.max()) for array in arrays.values() if array.size)
+        raise ValueError(f"{largest} does not fit in an int32 tensor")
+    return packed
 
 
 def to_host(named: Mapping[str, Any]) -> dict[str, Any]:

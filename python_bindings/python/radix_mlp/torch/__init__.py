@@ -1,0 +1,6 @@
+"""Folding batches of torch tensors, and attention over what is folded. Importing this imports torch."""
+
+from radix_mlp.torch.dispatch import attention, pick_backend
+from radix_mlp.torch.fold import FoldTensors, compute_fold_and_scatter_torch, fold_tensors
+
+__all__ = ["FoldTensors", "attention", "compute_fold_and_scatter_torch", "fold_tensors", "pick_backend"]

@@ -1,0 +1,141 @@
+"""Attention over a folded batch: no row is computed twice, whatever the backend."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from radix_mlp.fold import Fold
+from radix_mlp.torch.cost import flash_seconds, tree_seconds
+from radix_mlp.torch.flash import flash_attention, varlen
+from radix_mlp.torch.sequential import paths, sequential_attention
+from radix_mlp.torch.tree_mask import tree_mask
+
+Backend = Literal["tree", "query_folded", "sequential"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Fold,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Causal attention of every row of `fold` over its path, the row itself included.
+
+    `q` is [rows, heads, head_dim], `k` and `v` are [rows, key heads, head_dim] in the fold's compact
+    space, with rotary embeddings applied; the result has the shape and dtype of `q` and is
+    differentiable. Heads are a multiple of key heads (grouped-query attention, arXiv 2305.13245).
+    What padding rows give means nothing.
+
+    `scale` multiplies the scores, head_dim ** -0.5 by default. `softcap` c turns a score s into
+    c * tanh(s / c) (Gemma 2, arXiv 2408.00118). `window` w limits a row to the last w rows of its
+    path, itself included (Mistral, arXiv 2310.06825).
+
+    Backends:
+
+    - "tree": a block-sparse Triton kernel over a depth-first fold. CUDA, float16, bfloat16 or
+      float32, head_dim up to 256. Gathers nothing.
+    - "query_folded": FlashAttention's varlen kernel, new rows against whole paths. CUDA, float16 or
+      bfloat16, head_dim a multiple of 8 up to 256, no softcap. Gathers keys and values.
+    - "sequential": scaled_dot_product_attention, one sequence after the other, in bounded memory.
+      Any device and dtype.
+    - None picks the one that the measured cost model (`pick_backend`) expects to be fastest.
+
+    Raises ValueError for shapes, devices or options that do not go together.
+    """
+    _check(q, k, v, fold, window)
+    if backend is None:
+        backend = pick_backend(q, k, v, fold, softcap=softcap, window=window)
+    elif backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    elif problem := _unsupported(backend, q, k, v, fold, softcap):
+        raise ValueError(f"backend {backend!r} {problem}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if fold.num_nodes == 0:
+        return torch.zeros_like(q)
+    if backend == "tree":
+        from radix_mlp.torch.tree import tree_attention
+
+        return tree_attention(q, k, v, tree_mask(fold, q, k, window), scale, softcap)
+    if backend == "query_folded":
+        call = fold.derived(("varlen", q.device), lambda: varlen(fold, q.device))
+        return flash_attention(q, k, v, call, scale, window)
+    along = fold.derived(("paths", q.device), lambda: paths(fold, q.device))
+    return sequential_attention(q, k, v, along, scale, softcap, window)
+
+
+def pick_backend(
+    q: Tensor, k: Tensor, v: Tensor, fold: Fold, *, softcap: float | None = None, window: int | None = None
+) -> Backend:
+    """The backend that `attention` takes where none is named: the cheapest that can run.
+
+    What it costs is read off the fold, with the constants of benchmark/results/gpu_attention.json.
+    """
+    tree = not _unsupported("tree", q, k, v, fold, softcap)
+    folded = not _unsupported("query_folded", q, k, v, fold, softcap)
+    if not tree or not folded:
+        return "tree" if tree else "query_folded" if folded else "sequential"
+    _, heads, head_dim = q.shape
+    key = ("backend", heads, k.shape[1], head_dim, window)
+
+    def pick() -> Backend:
+        mask = tree_mask(fold, q, k, window)
+        kv_heads = k.shape[1]
+        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, heads // kv_heads, head_dim)
+        flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window)
+        return "tree" if tree_time <= flash_time else "query_folded"
+
+    return fold.derived(key, pick)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, window: int | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3 or len(x) != fold.num_rows:
+            raise ValueError(f"{name} must be [{fold.num_rows}, heads, head_dim], got shape {tuple(x.shape)}")
+        if (x.device, x.dtype) != (q.device, q.dtype):
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            "q, k and v must be [rows, heads, head_dim] with heads of q a multiple of those of k and v, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be positive, got {window}")
+
+
+def _unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, softcap: float | None) -> str | None:
+    """Why `backend` cannot run on this, None where it can."""
+    head_dim = q.shape[-1]
+    if backend == "sequential":
+        return None
+    if q.device.type != "cuda" and not (backend == "tree" and _interpreted()):
+        return f"runs on CUDA, got {q.device}"
+    if v.shape[-1] != head_dim or head_dim > 256:
+        return f"needs one head_dim of at most 256, got {head_dim} and {v.shape[-1]}"
+    if backend == "tree":
+        if fold.subtree_end is None:
+            return f"needs a fold in depth_first layout, got {fold.layout}"
+        if q.dtype not in (*HALF, torch.float32):
+            return f"takes float16, bfloat16 and float32, got {q.dtype}"
+        return None
+    if q.dtype not in HALF:
+        return f"takes float16 and bfloat16, got {q.dtype}"
+    if head_dim % 8:
+        return f"needs a head_dim that is a multiple of 8, got {head_dim}"
+    return "takes no softcap" if softcap is not None else None
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels, on the CPU."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,85 @@
+"""Query-folded attention: the varlen kernel of FlashAttention with fewer queries than keys.
+
+Each sequence sends the rows that it is the first to bring as queries, and its whole path as keys:
+queries and keys align at their ends, which is how FlashAttention-2 (arXiv 2307.08691, from version
+2.1) masks causally where the lengths differ.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radix_mlp.fold import Fold
+from radix_mlp.torch.fold import to_device
+from radix_mlp.torch.sequential import first_rows, sequence_lengths
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """Lengths and indices of one varlen call, int32 tensors of one device.
+
+    `keys` gathers the paths of the sequences that bring rows, None where that is every row in order;
+    `order` brings queries into the order of sequences and `inverse` the result back, None where rows stand
+    in that order already.
+    """
+
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+    keys: Tensor | None = None
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+
+
+def varlen(fold: Fold, device: torch.device) -> Varlen:
+    """The varlen call of `fold`: a handful of small arrays, in one transfer."""
+    counts = first_rows(fold)
+    lengths = sequence_lengths(fold)
+    bringing = counts > 0
+    scatter = fold.scatter_indices[np.repeat(bringing, lengths)].astype(np.int64)
+    new = np.repeat(counts, lengths)[np.repeat(bringing, lengths)]
+    lengths, counts = lengths[bringing], counts[bringing]
+    cu_keys, cu_queries = (np.concatenate([[0], np.cumsum(x)]) for x in (lengths, counts))
+    # A token is a query where it is among the last of its sequence that are new.
+    left = np.repeat(cu_keys[1:], lengths) - np.arange(len(scatter))
+    order = scatter[left <= new]
+    in_order = len(order) == fold.num_rows and bool((order == np.arange(fold.num_rows)).all())
+    # Padding rows take the result of row 0: they mean nothing.
+    inverse = np.zeros(fold.num_rows, np.int64)
+    inverse[order] = np.arange(len(order))
+    arrays = {"cu_queries": cu_queries, "cu_keys": cu_keys}
+    if not in_order or len(order) != len(scatter):
+        arrays["keys"] = scatter
+    if not in_order:
+        arrays |= {"order": order, "inverse": inverse}
+    return Varlen(max_queries=int(counts.max()), max_keys=int(lengths.max()), **to_device(arrays, device))
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, call: Varlen, scale: float, window: int | None = None) -> Tensor:
+    """Attention of `q` [rows, heads, head_dim] over `k`, `v` [rows, key heads, head_dim], as `q`.
+
+    CUDA tensors of float16 or bfloat16, head_dim a multiple of 8 up to 256. Differentiable.
+    """
+    if call.order is not None:
+        q = q.index_select(0, call.order)
+    if call.keys is not None:
+        k, v = k.index_select(0, call.keys), v.index_select(0, call.keys)
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        call.cu_queries,
+        call.cu_keys,
+        call.max_queries,
+        call.max_keys,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return out if call.inverse is None else out.index_select(0, call.inverse)

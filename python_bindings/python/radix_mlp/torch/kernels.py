@@ -1,0 +1,262 @@
+"""Tree attention in Triton: block-sparse FlashAttention-2 over a depth-first fold.
+
+Row q sees row kv if and only if `kv <= q < subtree_end[kv]`, and, with a window, if also
+`depth[q] - depth[kv] < window`. A tile of queries holds all query heads of one key head, so that
+keys and values are read once for the whole group. Which blocks of keys a tile visits stands in lists
+that the core makes from the trie (`Fold.block_mask`): the kernels depend on no size of the batch,
+and a new batch compiles nothing.
+
+Forward and backward follow FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_heads(base, row, head, dim, stride_row, stride_head, valid, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr):
+    """A tile [rows, dim] whose every row has a head of its own; zeros where it is not `valid`."""
+    at = base + row[:, None].to(tl.int64) * stride_row + head[:, None] * stride_head + dim[None, :]
+    return tl.load(at, mask=valid[:, None] if EVEN else valid[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def _load_keys(base, row, rows, dim, stride_row, CHECKED: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr):
+    """A tile [rows, dim] of one head, zeros beyond the last row where it is `CHECKED`."""
+    at = base + row[:, None].to(tl.int64) * stride_row + dim[None, :]
+    if CHECKED:
+        mask = row[:, None] < rows if EVEN else (row[:, None] < rows) & (dim[None, :] < HEAD_DIM)
+        return tl.load(at, mask=mask, other=0.0)
+    elif EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=dim[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scaled scores [queries, keys] in base 2, and their derivative by the plain product over `scale`."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        t = 1 - 2 / (tl.exp2(s * (2 * scale / softcap * LOG2_E)) + 1)
+        s, slope = t * (softcap * LOG2_E), 1 - t * t
+    else:
+        s, slope = s * (scale * LOG2_E), 1.0
+    return s, slope
+
+
+@triton.jit
+def _visible(row, key, subtree_end, depth, rows, window, WINDOW: tl.constexpr):
+    """Which keys each query sees, [queries, keys]."""
+    end = tl.load(subtree_end + key, mask=key < rows, other=0)
+    seen = (key[None, :] <= row[:, None]) & (row[:, None] < end[None, :])
+    if WINDOW:
+        query_depth = tl.load(depth + row, mask=row < rows, other=0)
+        key_depth = tl.load(depth + key, mask=key < rows, other=0)
+        seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
+    return seen
+
+
+@triton.jit
+def _forward_tile(
+    acc, total, peak, q, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
+    stride_k, stride_v,
+    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the keys `start..start + KEY_BLOCK`."""
+    key = start + tl.arange(0, KEY_BLOCK)
+    k = _load_keys(k_base, key, rows, dim, stride_k, MASKED, HEAD_DIM, EVEN)
+    s, _ = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    if MASKED:
+        s = tl.where(_visible(row, key, subtree_end, depth, rows, window, WINDOW), s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    # A row that has seen nothing yet keeps its peak at -inf: subtract 0 there, not -inf.
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = tl.exp2(s - shift[:, None])
+    fade = tl.exp2(peak - shift)
+    v = _load_keys(v_base, key, rows, dim, stride_v, MASKED, HEAD_DIM, EVEN)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return acc, total * fade + tl.sum(p, 1), new_peak
+
+
+@triton.jit(do_not_specialize=["rows", "window"])
+def forward(
+    Q, K, V, Out, Lse, subtree_end, depth, full, partial, blocks, rows, scale, softcap, window,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
+    GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Late blocks have the longest lists: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    EVEN: tl.constexpr = HEAD_DIM == DIM
+    entry = tl.arange(0, TILE)
+    row = block * (TILE // GROUP) + entry // GROUP
+    head = kv_head * GROUP + entry % GROUP
+    valid = (entry < TILE // GROUP * GROUP) & (row < rows)
+    dim = tl.arange(0, DIM)
+    q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, EVEN)
+    k_base = K + kv_head * stride_kh
+    v_base = V + kv_head * stride_vh
+
+    acc = tl.zeros([TILE, DIM], tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    for i in range(tl.load(full + block), tl.load(full + block + 1)):
+        start = tl.load(blocks + i) * KEY_BLOCK
+        acc, total, peak = _forward_tile(
+            acc, total, peak, q, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
+            stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, WINDOW, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    for i in range(tl.load(partial + block), tl.load(partial + block + 1)):
+        start = tl.load(blocks + i) * KEY_BLOCK
+        acc, total, peak = _forward_tile(
+            acc, total, peak, q, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
+            stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, True, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+
+    # An entry that is no query has seen nothing.
+    total = tl.where(valid, total, 1.0)
+    out = Out + row[:, None].to(tl.int64) * stride_o + head[:, None] * stride_oh + dim[None, :]
+    tl.store(out, (acc / total[:, None]).to(Out.dtype.element_ty), mask=valid[:, None] & (dim[None, :] < HEAD_DIM))
+    tl.store(Lse + head * rows + row, peak + tl.log2(total), mask=valid)
+
+
+@triton.jit
+def _query_gradient_tile(
+    acc, q, dout, lse, delta, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
+    stride_k, stride_v,
+    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    key = start + tl.arange(0, KEY_BLOCK)
+    k = _load_keys(k_base, key, rows, dim, stride_k, MASKED, HEAD_DIM, EVEN)
+    v = _load_keys(v_base, key, rows, dim, stride_v, MASKED, HEAD_DIM, EVEN)
+    s, slope = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(_visible(row, key, subtree_end, depth, rows, window, WINDOW), p, 0.0)
+    ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * slope
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["rows", "window"])
+def query_gradient(
+    Q, K, V, DOut, Lse, Delta, DQ, subtree_end, depth, full, partial, blocks, rows, scale, softcap, window,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh, stride_dq, stride_dqh,
+    GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    EVEN: tl.constexpr = HEAD_DIM == DIM
+    entry = tl.arange(0, TILE)
+    row = block * (TILE // GROUP) + entry // GROUP
+    head = kv_head * GROUP + entry % GROUP
+    valid = (entry < TILE // GROUP * GROUP) & (row < rows)
+    dim = tl.arange(0, DIM)
+    q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, EVEN)
+    dout = _load_heads(DOut, row, head, dim, stride_o, stride_oh, valid, HEAD_DIM, EVEN)
+    lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
+    delta = tl.load(Delta + head * rows + row, mask=valid, other=0.0)
+    k_base = K + kv_head * stride_kh
+    v_base = V + kv_head * stride_vh
+
+    acc = tl.zeros([TILE, DIM], tl.float32)
+    for i in range(tl.load(full + block), tl.load(full + block + 1)):
+        start = tl.load(blocks + i) * KEY_BLOCK
+        acc = _query_gradient_tile(
+            acc, q, dout, lse, delta, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap,
+            window, stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, WINDOW, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    for i in range(tl.load(partial + block), tl.load(partial + block + 1)):
+        start = tl.load(blocks + i) * KEY_BLOCK
+        acc = _query_gradient_tile(
+            acc, q, dout, lse, delta, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap,
+            window, stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, True, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    dq = DQ + row[:, None].to(tl.int64) * stride_dq + head[:, None] * stride_dqh + dim[None, :]
+    tl.store(dq, (acc * scale).to(DQ.dtype.element_ty), mask=valid[:, None] & (dim[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def _key_gradient_tile(
+    dk, dv, k, v, Q, DOut, Lse, Delta, start, key, kv_head, dim, subtree_end, depth, rows, scale, softcap, window,
+    stride_q, stride_qh, stride_o, stride_oh,
+    GROUP: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what the query rows `start..start + TILE // GROUP` send to the keys."""
+    entry = tl.arange(0, TILE)
+    row = start + entry // GROUP
+    head = kv_head * GROUP + entry % GROUP
+    valid = (entry < TILE // GROUP * GROUP) & (row < rows)
+    q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, EVEN)
+    dout = _load_heads(DOut, row, head, dim, stride_o, stride_oh, valid, HEAD_DIM, EVEN)
+    # An entry that is no query has zeros for q and dout: it must only not overflow.
+    lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
+    delta = tl.load(Delta + head * rows + row, mask=valid, other=0.0)
+    s, slope = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(_visible(row, key, subtree_end, depth, rows, window, WINDOW), p, 0.0)
+    dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * slope
+    dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["rows", "window"])
+def key_gradient(
+    Q, K, V, DOut, Lse, Delta, DK, DV, subtree_end, depth, rows, scale, softcap, window,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
+    stride_dk, stride_dkh, stride_dv, stride_dvh,
+    GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows that see a block of keys are an interval: from its start to its last subtree's end."""
+    first = tl.program_id(0) * KEY_BLOCK
+    kv_head = tl.program_id(1)
+    EVEN: tl.constexpr = HEAD_DIM == DIM
+    STEP: tl.constexpr = TILE // GROUP
+    key = first + tl.arange(0, KEY_BLOCK)
+    dim = tl.arange(0, DIM)
+    k = _load_keys(K + kv_head * stride_kh, key, rows, dim, stride_k, True, HEAD_DIM, EVEN)
+    v = _load_keys(V + kv_head * stride_vh, key, rows, dim, stride_v, True, HEAD_DIM, EVEN)
+    some = tl.max(tl.load(subtree_end + key, mask=key < rows, other=0))
+    every = tl.min(tl.load(subtree_end + key, mask=key < rows, other=2147483647))
+    # Rows `first..own` hold the keys themselves, all rows `own..whole` see all of the keys.
+    own = tl.minimum(first + tl.cdiv(KEY_BLOCK, STEP) * STEP, some)
+    whole = own if WINDOW else own + tl.maximum(every - own, 0) // STEP * STEP
+
+    dk = tl.zeros([KEY_BLOCK, DIM], tl.float32)
+    dv = tl.zeros([KEY_BLOCK, DIM], tl.float32)
+    for start in range(first, own, STEP):
+        dk, dv = _key_gradient_tile(
+            dk, dv, k, v, Q, DOut, Lse, Delta, start, key, kv_head, dim, subtree_end, depth, rows, scale, softcap,
+            window, stride_q, stride_qh, stride_o, stride_oh, GROUP, TILE, HEAD_DIM, EVEN,
+            True, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    for start in range(own, whole, STEP):
+        dk, dv = _key_gradient_tile(
+            dk, dv, k, v, Q, DOut, Lse, Delta, start, key, kv_head, dim, subtree_end, depth, rows, scale, softcap,
+            window, stride_q, stride_qh, stride_o, stride_oh, GROUP, TILE, HEAD_DIM, EVEN,
+            False, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    for start in range(whole, some, STEP):
+        dk, dv = _key_gradient_tile(
+            dk, dv, k, v, Q, DOut, Lse, Delta, start, key, kv_head, dim, subtree_end, depth, rows, scale, softcap,
+            window, stride_q, stride_qh, stride_o, stride_oh, GROUP, TILE, HEAD_DIM, EVEN,
+            True, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    stored = (key[:, None] < rows) & (dim[None, :] < HEAD_DIM)
+    at = key[:, None].to(tl.int64)
+    tl.store(DK + at * stride_dk + kv_head * stride_dkh + dim[None, :], (dk * scale).to(DK.dtype.element_ty), stored)
+    tl.store(DV + at * stride_dv + kv_head * stride_dvh + dim[None, :], dv.to(DV.dtype.element_ty), stored)

@@ -1,0 +1,97 @@
+"""Tree attention as a differentiable function of torch tensors."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from radix_mlp.torch import kernels
+from radix_mlp.torch.tree_mask import Tiles, TreeMask
+
+
+def _query_gradient_tiles(forward: Tiles, dtype: torch.dtype) -> Tiles:
+    """Those of the forward pass, whose block lists it reads, with more warps: it holds more."""
+    return forward if dtype == torch.float32 else Tiles(forward.tile, forward.key_block, 8, 2)
+
+
+def _key_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(32, 32, 4, 1)
+    return Tiles(64, 64, 4, 2) if head_dim <= 128 else Tiles(64, 64, 8, 1)
+
+
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of `q` [rows, heads, head_dim] over `k`, `v` [rows, key heads, head_dim], as `q`.
+
+    CUDA tensors of float16, bfloat16 or float32; products of float32 are taken in float32.
+    Differentiable.
+    """
+    return _TreeAttention.apply(q, k, v, mask, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None
+    ) -> Tensor:
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        rows, heads, _ = q.shape
+        kv_heads = k.shape[1]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+        kernels.forward[(len(mask.full) - 1, kv_heads)](
+            q, k, v, out, lse, mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
+            rows, scale, softcap or 0.0, mask.window or 0,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],  # type: ignore[arg-type]
+            **_constants(q, kv_heads, mask, softcap, mask.tiles),
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask, ctx.scale, ctx.softcap = mask, scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        mask: TreeMask = ctx.mask
+        dout = _rows(gradients[0])
+        rows, _, _ = q.shape
+        kv_heads = k.shape[1]
+        delta = (out.float() * dout.float()).sum(-1).t().contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        scalars = (rows, ctx.scale, ctx.softcap or 0.0, mask.window or 0)
+        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
+        kernels.query_gradient[(len(mask.full) - 1, kv_heads)](
+            q, k, v, dout, lse, delta, dq, mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
+            *scalars, *strides, *dq.stride()[:2],
+            **_constants(q, kv_heads, mask, ctx.softcap, _query_gradient_tiles(mask.tiles, q.dtype)),
+        )  # fmt: skip
+        tiles = _key_gradient_tiles(q.shape[-1], q.dtype)
+        kernels.key_gradient[(triton.cdiv(rows, tiles.key_block), kv_heads)](
+            q, k, v, dout, lse, delta, dk, dv, mask.subtree_end, mask.depth,
+            *scalars, *strides, *dk.stride()[:2], *dv.stride()[:2],
+            **_constants(q, kv_heads, mask, ctx.softcap, tiles),
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its last dimension contiguous, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _constants(q: Tensor, kv_heads: int, mask: TreeMask, softcap: float | None, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "GROUP": q.shape[1] // kv_heads,
+        "TILE": tiles.tile,
+        "KEY_BLOCK": tiles.key_block,
+        "HEAD_DIM": q.shape[-1],
+        "DIM": max(16, triton.next_power_of_2(q.shape[-1])),
+        "SOFTCAP": softcap is not None,
+        "WINDOW": mask.window is not None,
+        "PRECISION": "ieee",
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }

@@ -1,0 +1,121 @@
+"""The block lists that tree attention reads, made from the trie on the host."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radix_mlp.fold import Fold
+from radix_mlp.torch.cost import tree_seconds
+from radix_mlp.torch.fold import to_device
+
+Arrays = dict[str, NDArray[np.integer[Any]]]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel cuts the scores: `tile` (row, head) pairs by `key_block` keys."""
+
+    tile: int
+    key_block: int
+    warps: int
+    stages: int
+
+
+def forward_tiles(head_dim: int, dtype: torch.dtype) -> list[Tiles]:
+    """The fastest for long runs of keys first, then those that waste less on short ones.
+
+    The best of a dozen on an H200, of those that fit in shared memory.
+    """
+    if dtype == torch.float32:
+        return [Tiles(64, 32, 4, 1)]
+    if head_dim > 128:
+        return [Tiles(128, 32, 8, 2)]
+    return [Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 3)]
+
+
+@dataclass(frozen=True)
+class TreeMask:
+    """The mask of a depth-first fold in blocks, int32 tensors of one device.
+
+    Query block b, of `tiles.tile // (heads // key heads)` rows, sees whole the blocks
+    `blocks[full[b]:full[b + 1]]` of `tiles.key_block` keys, and in part
+    `blocks[partial[b]:partial[b + 1]]`. `window`, where it is not
+    None, limits what is seen to that many rows of a path, the query's own included; blocks beyond
+    it are not listed.
+    """
+
+    tiles: Tiles
+    window: int | None
+    subtree_end: Tensor
+    depth: Tensor
+    full: Tensor
+    partial: Tensor
+    blocks: Tensor
+
+
+def tree_mask(fold: Fold, q: Tensor, k: Tensor, window: int | None) -> TreeMask:
+    """The mask of a depth-first `fold` for `q` [rows, heads, head_dim] and `k` [rows, key heads, head_dim].
+
+    Its tiles are those that the cost model expects to be fastest on this batch.
+    """
+    _, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+
+    def make() -> TreeMask:
+        choices = [(tiles, tree_arrays(fold, tiles, group, window)) for tiles in forward_tiles(head_dim, q.dtype)]
+        tiles, arrays = min(
+            choices,
+            key=lambda choice: tree_seconds(len(q), len(choice[1]["blocks"]), choice[0], kv_heads, group, head_dim),
+        )
+        return TreeMask(tiles, window, **to_device(arrays, q.device))
+
+    return fold.derived(("tree", q.device, q.dtype, heads, kv_heads, head_dim, window), make)
+
+
+def tree_arrays(fold: Fold, tiles: Tiles, group: int, window: int | None) -> Arrays:
+    """The arrays of the `TreeMask` of a depth-first `fold`, for `group` heads a key head."""
+    assert fold.subtree_end is not None
+    query_block, key_block = tiles.tile // group, tiles.key_block
+    blocks = fold.block_mask(query_block, key_block)
+    lists = [blocks.full, blocks.partial]
+    depth = fold.subtree_end
+    if window is not None:
+        depth = _depth(fold)
+        lists = [_within(window, depth, query_block, key_block, *listed) for listed in lists]
+    (full, full_blocks), (partial, partial_blocks) = lists
+    return {
+        "subtree_end": fold.subtree_end,
+        "depth": depth,
+        "full": full,
+        "partial": partial + np.uintp(len(full_blocks)),
+        "blocks": np.concatenate([full_blocks, partial_blocks]),
+    }
+
+
+def _depth(fold: Fold) -> NDArray[np.uint32]:
+    """How many rows stand above each row on its path, [rows]."""
+    starts = fold.cu_seq_lengths[np.searchsorted(fold.cu_seq_lengths, fold.fold_gather, side="right") - 1]
+    return fold.fold_gather - starts
+
+
+def _within(
+    window: int,
+    depth: NDArray[np.uint32],
+    query_block: int,
+    key_block: int,
+    offsets: NDArray[np.uintp],
+    indices: NDArray[np.uint32],
+) -> tuple[NDArray[np.uintp], NDArray[np.uint32]]:
+    """Block lists without the keys that lie beyond the window of every query of their block."""
+    signed = depth.astype(np.int64)
+    shallowest = np.minimum.reduceat(signed, np.arange(0, len(depth), query_block))
+    deepest = np.maximum.reduceat(signed, np.arange(0, len(depth), key_block))
+    queries = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets).astype(np.int64))
+    kept = shallowest[queries] - deepest[indices] < window
+    kept_before = np.concatenate([[0], np.cumsum(kept)]).astype(np.uintp)
+    return kept_before[offsets], indices[kept]

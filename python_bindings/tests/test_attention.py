@@ -1,0 +1,202 @@
+"""Attention over a fold against attention of every copy, by definition, in float64."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from radix_mlp import Fold
+from radix_mlp.torch import attention, pick_backend
+from radix_mlp.torch.sequential import MAX_SCORES
+
+CUDA = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+# Without a GPU, Triton interprets its kernels on the CPU.
+DEVICE = "cuda" if CUDA else "cpu"
+
+Options = dict[str, Any]
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, fold: Fold, options: Options) -> Tensor:
+    """[N, heads, head_dim]: softmax over all scores of each sequence, in float64."""
+    q, k, v = (fold.unfold(x).double() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    softcap, window = options.get("softcap"), options.get("window")
+    outputs: list[Tensor] = []
+    for start, end in zip(fold.cu_seq_lengths[:-1].tolist(), fold.cu_seq_lengths[1:].tolist(), strict=True):
+        keys, values = (x[start:end].repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * options.get("scale", q.shape[-1] ** -0.5)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= 0) & (distance < (window or end))
+        weights = scores.masked_fill(~seen.to(scores.device), -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(outputs)
+
+
+def tensors(fold: Fold, heads: int, kv_heads: int, head_dim: int, dtype: Any = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(fold.num_rows)
+    shapes = [(fold.num_rows, count, head_dim) for count in (heads, kv_heads, kv_heads)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [x.to(DEVICE, dtype).requires_grad_() for x in drawn]
+
+
+def compare(fold: Fold, qkv: list[Tensor], tolerance: float, options: Options, backend: Any) -> None:
+    """Outputs and gradients within `tolerance` of the oracle's largest value, and of 1."""
+    q, k, v = qkv
+    expected = oracle(q, k, v, fold, options)
+    found = fold.unfold(attention(q, k, v, fold, backend=backend, **options))
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))
+    for mine, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert torch.isfinite(mine).all()
+        assert (mine.double() - theirs.double()).abs().max() <= tolerance * (1 + theirs.double().abs().max())
+
+
+@st.composite
+def folds(draw: st.DrawFn, layout: Any) -> Fold:
+    """Sequences of few tokens, so that they share, branch, repeat and are prefixes of each other."""
+    prefixes = draw(st.lists(st.lists(st.integers(0, 1), max_size=30), min_size=1, max_size=3))
+    suffix = st.lists(st.integers(0, 1), max_size=20)
+    sequences = draw(st.lists(st.tuples(st.sampled_from(prefixes), suffix), min_size=1, max_size=5))
+    joined = [a + b for a, b in sequences]
+    if not any(joined):
+        joined.append([0])
+    return Fold.from_sequences(joined, layout=layout, pad_multiple_of=draw(st.sampled_from([None, 8])))
+
+
+optional = {"softcap": st.sampled_from([None, 2.0]), "window": st.sampled_from([None, 1, 5, 17])}
+shapes = st.sampled_from([(2, 2, 16), (4, 2, 8), (3, 1, 24)])
+
+# float32: sums of up to 50 products in another order; gradients add a few times as many.
+FLOAT32 = 2e-5
+
+
+@given(st.sampled_from(["first_occurrence", "depth_first"]).flatmap(folds), shapes, st.fixed_dictionaries(optional))
+def test_sequential_equals_every_copy(fold: Fold, shape: tuple[int, int, int], options: Options) -> None:
+    compare(fold, tensors(fold, *shape), FLOAT32, options, "sequential")
+    compare(fold, tensors(fold, *shape, torch.float64), 1e-12, options, "sequential")
+
+
+@settings(max_examples=25)
+@given(folds("depth_first"), shapes, st.fixed_dictionaries(optional))
+def test_tree_equals_every_copy(fold: Fold, shape: tuple[int, int, int], options: Options) -> None:
+    pytest.importorskip("triton")
+    compare(fold, tensors(fold, *shape), FLOAT32, options, "tree")
+
+
+def three_levels(layout: Any) -> Fold:
+    """Long enough for whole blocks of every kind: above, beside and beyond a window."""
+    draw = np.random.default_rng(0).integers
+    root = draw(0, 9, 150).tolist()
+    branches = [root + draw(0, 9, 70).tolist() for _ in range(2)]
+    return Fold.from_sequences([b + draw(0, 9, 40).tolist() for b in branches for _ in range(3)], layout=layout)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 33}, {"softcap": 3.0}, {"scale": 0.5, "window": 100}])
+@pytest.mark.parametrize("backend", ["tree", "sequential"])
+def test_long_tries(options: Options, backend: str) -> None:
+    if backend == "tree":
+        pytest.importorskip("triton")
+    fold = three_levels("depth_first")
+    compare(fold, tensors(fold, 4, 2, 16), FLOAT32, options, backend)
+
+
+# bfloat16 keeps 8 bits: a rounding of the weights and of the output, 2**-8 each, and in gradients once more.
+@needs_cuda
+@pytest.mark.parametrize("backend", ["tree", "query_folded", None])
+@pytest.mark.parametrize("shape", [(16, 8, 128), (4, 1, 64), (7, 1, 96), (2, 1, 256)])
+@pytest.mark.parametrize("window", [None, 33])
+def test_half_precision_on_cuda(backend: Any, shape: tuple[int, int, int], window: int | None) -> None:
+    fold = three_levels("depth_first")
+    compare(fold, tensors(fold, *shape, torch.bfloat16), 2e-2, {"window": window}, backend)
+
+
+@needs_cuda
+def test_query_folded_takes_either_layout() -> None:
+    first, tree = three_levels("first_occurrence"), three_levels("depth_first")
+    q, k, v = tensors(first, 4, 2, 64, torch.bfloat16)
+    assert tree.row_order is not None
+    order = torch.from_numpy(tree.row_order.astype(np.int64)).to(DEVICE)
+    expected = attention(q, k, v, first, backend="query_folded")[order]
+    assert torch.equal(attention(q[order], k[order], v[order], tree, backend="query_folded"), expected)
+
+
+@needs_cuda
+def test_query_folded_has_the_bits_of_every_copy() -> None:
+    """FlashAttention computes each query of its own: the tile it falls into changes nothing."""
+    fold = three_levels("first_occurrence")
+    copies = Fold.from_sequences(
+        [fold.unfold(fold.input_ids)[a:b] for a, b in zip(fold.cu_seq_lengths, fold.cu_seq_lengths[1:], strict=False)],
+        salts=range(fold.num_sequences),
+    )
+    q, k, v = tensors(fold, 4, 2, 64, torch.bfloat16)
+    whole = attention(fold.unfold(q), fold.unfold(k), fold.unfold(v), copies, backend="query_folded")
+    assert torch.equal(fold.unfold(attention(q, k, v, fold, backend="query_folded")), whole)
+
+
+def test_memory_is_bounded_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = three_levels("first_occurrence")
+    q, k, v = tensors(fold, 4, 2, 16)
+    whole = attention(q, k, v, fold, backend="sequential")
+    largest = 0
+    compute = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+        nonlocal largest
+        largest = max(largest, q.shape[1] * q.shape[2] * k.shape[2])
+        return compute(q, k, *rest, **options)
+
+    monkeypatch.setattr("radix_mlp.torch.sequential.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("radix_mlp.torch.sequential.MAX_SCORES", 4 * 260 * 10)
+    chunked = attention(q, k, v, fold, backend="sequential")
+    assert (chunked - whole).abs().max() < FLOAT32
+    assert 4 * 260 < largest <= 4 * 260 * 10 < MAX_SCORES
+
+
+def test_an_empty_batch_attends() -> None:
+    fold = Fold.from_sequences([], layout="depth_first")
+    q = torch.zeros(0, 2, 8)
+    assert attention(q, q, q, fold).shape == (0, 2, 8)
+
+
+def test_cpu_takes_the_exact_path() -> None:
+    fold = three_levels("depth_first")
+    q, k, v = (x.double().cpu() for x in tensors(fold, 4, 2, 16))
+    assert pick_backend(q, k, v, fold) == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (5, 2, 8)}, r"q must be \[4, heads, head_dim\], got shape \(5, 2, 8\)"),
+        ({"k": (4, 16)}, r"k must be \[4, heads, head_dim\]"),
+        ({"q": (4, 3, 8)}, "heads of q a multiple"),
+        ({"k": (4, 2, 16), "v": (4, 2, 16)}, "heads of q a multiple"),
+        ({"window": 0}, "window must be positive, got 0"),
+        ({"backend": "magic"}, r"backend must be one of tree, query_folded, sequential, got 'magic'"),
+        ({"backend": "query_folded"}, r"'query_folded' (runs on CUDA, got cpu|takes float16 and bfloat16)"),
+        ({"backend": "tree"}, r"'tree' (runs on CUDA, got cpu|needs a fold in depth_first layout)"),
+    ],
+)
+def test_errors_name_what_is_wrong(change: Options, message: str) -> None:
+    fold = Fold.from_sequences([[1, 2, 3], [1, 2, 4]])
+    shapes = {"q": (4, 2, 8), "k": (4, 2, 8), "v": (4, 2, 8)}
+    options = {name: value for name, value in change.items() if name not in shapes}
+    shapes |= {name: value for name, value in change.items() if name in shapes}
+    q, k, v = (torch.zeros(shape, device=DEVICE) for shape in shapes.values())
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, fold, **options)
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    fold = Fold.from_sequences([[1, 2]])
+    q = torch.zeros(2, 1, 8)
+    with pytest.raises(ValueError, match=r"v is torch.float16 on cpu, but q is torch.float32"):
+        attention(q, q, q.half(), fold)
