@@ -5,6 +5,8 @@ Run by itself it writes them to target/real_batches.json, which the Rust bench `
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +21,49 @@ MIN_TOKENS = 16_384
 # How render.py turns the rows of these files into sequences.
 MODES = [("rerank", "qwen3"), ("taubench", "turns")]
 
+Batch = list[list[int]]
 
-def real_batches() -> dict[str, list[list[int]]]:
+
+def real_batches() -> dict[str, Batch]:
     """Token ids of each sequence of each file's first batch; none, and the reason printed, without the data."""
     if not DATA.is_dir():
         print(f"skipped: no real batches at {DATA}")
         return {}
-    spec = importlib.util.spec_from_file_location("render", DATA / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
-    tokenizer = Tokenizer.from_file(str(DATA / "qwen3-tokenizer" / "tokenizer.json"))
-    return {path.name.split(".")[0]: first_batch(render, tokenizer, path) for path in sorted(DATA.glob("*.jsonl"))}
+    return {path.name.split(".")[0]: first_batch(path) for path in sorted(DATA.glob("*.jsonl"))}
 
 
-def first_batch(render: Any, tokenizer: Any, path: Path) -> list[list[int]]:
-    mode = next((mode for word, mode in MODES if word in path.name), None)
-    batch: list[list[int]] = []
+def first_batch(path: Path) -> Batch:
+    batch: Batch = []
     tokens = 0
-    for _, texts in render.groups(path, mode):
-        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-        batch += ids
-        tokens += sum(map(len, ids))
+    for _, sequences in groups(path):
+        batch += sequences
+        tokens += sum(map(len, sequences))
         if tokens >= MIN_TOKENS:
             break
     return batch
+
+
+def groups(path: Path) -> Iterator[tuple[str, Batch]]:
+    """The groups of a data file that share prefixes: each one's name and the token ids of its sequences."""
+    mode = next((mode for word, mode in MODES if word in path.name), None)
+    for group, texts in render().groups(path, mode):
+        encoded = tokenizer().encode_batch(texts, add_special_tokens=False)
+        yield str(group), [encoding.ids for encoding in encoded]
+
+
+@cache
+def render() -> Any:
+    spec = importlib.util.spec_from_file_location("render", DATA / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(DATA / "qwen3-tokenizer" / "tokenizer.json"))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from radix_mlp.torch.tree_mask import Tiles
 
 # Measured on an H200 by benchmark/gpu_attention/measure.py.
-# By keys in a block: the rate on full blocks, and what a tile of queries costs beside its blocks.
-TREE_FLOPS = {64: 390e12, 32: 345e12}
-TREE_TILE_SECONDS = {64: 43e-9, 32: 23e-9}
+# The rate on full blocks, and what a tile of queries costs beside its blocks.
+TREE_FLOPS = 450e12
+TREE_TILE_SECONDS = 40e-9
 FLASH_FLOPS = 330e12
 BYTES_PER_SECOND = 3.0e12
 # The gather of keys and of values, and what more a call with two gathers launches.
@@ -30,8 +30,7 @@ def tree_seconds(rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: i
     """Of a forward call of tree attention that lists `blocks` pairs of blocks, two products for each."""
     flops = 4 * head_dim * tiles.tile * tiles.key_block * blocks
     query_blocks = -(-rows // (tiles.tile // group))
-    seconds = flops / TREE_FLOPS[tiles.key_block] + query_blocks * TREE_TILE_SECONDS[tiles.key_block]
-    return seconds * kv_heads
+    return kv_heads * (flops / TREE_FLOPS + query_blocks * TREE_TILE_SECONDS)
 
 
 def flash_seconds(fold: Fold, heads: int, kv_heads: int, head_dim: int, window: int | None) -> float:

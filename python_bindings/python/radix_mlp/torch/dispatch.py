@@ -30,8 +30,8 @@ def attention(
     """Causal attention of every row of `fold` over its path, the row itself included.
 
     `q` is [rows, heads, head_dim], `k` and `v` are [rows, key heads, head_dim] in the fold's compact
-    space, with rotary embeddings applied; the result has the shape and dtype of `q` and is
-    differentiable. Heads are a multiple of key heads (grouped-query attention, arXiv 2305.13245).
+    space, with rotary embeddings applied; the result has the rows, heads and dtype of `q` and the
+    head_dim of `v`, and is differentiable. Heads are a multiple of key heads (grouped-query attention, arXiv 2305.13245).
     What padding rows give means nothing.
 
     `scale` multiplies the scores, head_dim ** -0.5 by default. `softcap` c turns a score s into
@@ -51,15 +51,17 @@ def attention(
     Raises ValueError for shapes, devices or options that do not go together.
     """
     _check(q, k, v, fold, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if backend is None:
         backend = pick_backend(q, k, v, fold, softcap=softcap, window=window)
     elif backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     elif problem := _unsupported(backend, q, k, v, fold, softcap):
         raise ValueError(f"backend {backend!r} {problem}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if fold.num_nodes == 0:
-        return torch.zeros_like(q)
+        return q.new_zeros(*q.shape[:2], v.shape[-1])
     if backend == "tree":
         from radix_mlp.torch.tree import tree_attention
 

@@ -23,29 +23,22 @@ def _load_heads(base, row, head, dim, stride_row, stride_head, valid, HEAD_DIM: 
 
 
 @triton.jit
-def _load_keys(base, row, rows, dim, stride_row, CHECKED: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr):
-    """A tile [rows, dim] of one head, zeros beyond the last row where it is `CHECKED`."""
-    at = base + row[:, None].to(tl.int64) * stride_row + dim[None, :]
-    if CHECKED:
-        mask = row[:, None] < rows if EVEN else (row[:, None] < rows) & (dim[None, :] < HEAD_DIM)
-        return tl.load(at, mask=mask, other=0.0)
-    elif EVEN:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=dim[None, :] < HEAD_DIM, other=0.0)
+def _load_keys(tensor, start, head, KEY_BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """The rows `start..start + KEY_BLOCK` of one head, through a tensor descriptor: zeros beyond its ends."""
+    return tensor.load([start, head, 0]).reshape(KEY_BLOCK, DIM)
 
 
 @triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scaled scores [queries, keys] in base 2, and their derivative by the plain product over `scale`."""
+    """Scores [queries, keys], the factor that brings them to base 2, and their slope by the scaled product."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         t = 1 - 2 / (tl.exp2(s * (2 * scale / softcap * LOG2_E)) + 1)
-        s, slope = t * (softcap * LOG2_E), 1 - t * t
+        s, factor, slope = t, softcap * LOG2_E, 1 - t * t
     else:
-        s, slope = s * (scale * LOG2_E), 1.0
-    return s, slope
+        s, factor, slope = s, scale * LOG2_E, 1.0
+    return s, factor, slope
 
 
 @triton.jit
@@ -62,23 +55,22 @@ def _visible(row, key, subtree_end, depth, rows, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def _forward_tile(
-    acc, total, peak, q, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
-    stride_k, stride_v,
-    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
+    acc, total, peak, q, K, V, kv_head, start, row, subtree_end, depth, rows, scale, softcap, window,
+    KEY_BLOCK: tl.constexpr, DIM: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the keys `start..start + KEY_BLOCK`."""
     key = start + tl.arange(0, KEY_BLOCK)
-    k = _load_keys(k_base, key, rows, dim, stride_k, MASKED, HEAD_DIM, EVEN)
-    s, _ = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    k = _load_keys(K, start, kv_head, KEY_BLOCK, DIM)
+    s, factor, _ = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
     if MASKED:
         s = tl.where(_visible(row, key, subtree_end, depth, rows, window, WINDOW), s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, 1))
+    new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
     # A row that has seen nothing yet keeps its peak at -inf: subtract 0 there, not -inf.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-    p = tl.exp2(s - shift[:, None])
+    p = tl.exp2(s * factor - shift[:, None])
     fade = tl.exp2(peak - shift)
-    v = _load_keys(v_base, key, rows, dim, stride_v, MASKED, HEAD_DIM, EVEN)
+    v = _load_keys(V, start, kv_head, KEY_BLOCK, DIM)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total * fade + tl.sum(p, 1), new_peak
 
@@ -86,7 +78,7 @@ def _forward_tile(
 @triton.jit(do_not_specialize=["rows", "window"])
 def forward(
     Q, K, V, Out, Lse, subtree_end, depth, full, partial, blocks, rows, scale, softcap, window,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
+    stride_q, stride_qh, stride_o, stride_oh,
     GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,8 +93,6 @@ def forward(
     valid = (entry < TILE // GROUP * GROUP) & (row < rows)
     dim = tl.arange(0, DIM)
     q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, EVEN)
-    k_base = K + kv_head * stride_kh
-    v_base = V + kv_head * stride_vh
 
     acc = tl.zeros([TILE, DIM], tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -110,14 +100,14 @@ def forward(
     for i in range(tl.load(full + block), tl.load(full + block + 1)):
         start = tl.load(blocks + i) * KEY_BLOCK
         acc, total, peak = _forward_tile(
-            acc, total, peak, q, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
-            stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, WINDOW, SOFTCAP, WINDOW, PRECISION,
+            acc, total, peak, q, K, V, kv_head, start, row, subtree_end, depth, rows, scale, softcap, window,
+            KEY_BLOCK, DIM, WINDOW, SOFTCAP, WINDOW, PRECISION,
         )  # fmt: skip
     for i in range(tl.load(partial + block), tl.load(partial + block + 1)):
         start = tl.load(blocks + i) * KEY_BLOCK
         acc, total, peak = _forward_tile(
-            acc, total, peak, q, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
-            stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, True, SOFTCAP, WINDOW, PRECISION,
+            acc, total, peak, q, K, V, kv_head, start, row, subtree_end, depth, rows, scale, softcap, window,
+            KEY_BLOCK, DIM, True, SOFTCAP, WINDOW, PRECISION,
         )  # fmt: skip
 
     # An entry that is no query has seen nothing.
@@ -129,16 +119,15 @@ def forward(
 
 @triton.jit
 def _query_gradient_tile(
-    acc, q, dout, lse, delta, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap, window,
-    stride_k, stride_v,
-    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
+    acc, q, dout, lse, delta, K, V, kv_head, start, row, subtree_end, depth, rows, scale, softcap, window,
+    KEY_BLOCK: tl.constexpr, DIM: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = start + tl.arange(0, KEY_BLOCK)
-    k = _load_keys(k_base, key, rows, dim, stride_k, MASKED, HEAD_DIM, EVEN)
-    v = _load_keys(v_base, key, rows, dim, stride_v, MASKED, HEAD_DIM, EVEN)
-    s, slope = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-    p = tl.exp2(s - lse[:, None])
+    k = _load_keys(K, start, kv_head, KEY_BLOCK, DIM)
+    v = _load_keys(V, start, kv_head, KEY_BLOCK, DIM)
+    s, factor, slope = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    p = tl.exp2(s * factor - lse[:, None])
     if MASKED:
         p = tl.where(_visible(row, key, subtree_end, depth, rows, window, WINDOW), p, 0.0)
     ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]) * slope
@@ -148,7 +137,7 @@ def _query_gradient_tile(
 @triton.jit(do_not_specialize=["rows", "window"])
 def query_gradient(
     Q, K, V, DOut, Lse, Delta, DQ, subtree_end, depth, full, partial, blocks, rows, scale, softcap, window,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh, stride_dq, stride_dqh,
+    stride_q, stride_qh, stride_o, stride_oh, stride_dq, stride_dqh,
     GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
@@ -165,21 +154,19 @@ def query_gradient(
     dout = _load_heads(DOut, row, head, dim, stride_o, stride_oh, valid, HEAD_DIM, EVEN)
     lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
     delta = tl.load(Delta + head * rows + row, mask=valid, other=0.0)
-    k_base = K + kv_head * stride_kh
-    v_base = V + kv_head * stride_vh
 
     acc = tl.zeros([TILE, DIM], tl.float32)
     for i in range(tl.load(full + block), tl.load(full + block + 1)):
         start = tl.load(blocks + i) * KEY_BLOCK
         acc = _query_gradient_tile(
-            acc, q, dout, lse, delta, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap,
-            window, stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, WINDOW, SOFTCAP, WINDOW, PRECISION,
+            acc, q, dout, lse, delta, K, V, kv_head, start, row, subtree_end, depth, rows, scale, softcap, window,
+            KEY_BLOCK, DIM, WINDOW, SOFTCAP, WINDOW, PRECISION,
         )  # fmt: skip
     for i in range(tl.load(partial + block), tl.load(partial + block + 1)):
         start = tl.load(blocks + i) * KEY_BLOCK
         acc = _query_gradient_tile(
-            acc, q, dout, lse, delta, k_base, v_base, start, row, dim, subtree_end, depth, rows, scale, softcap,
-            window, stride_k, stride_v, KEY_BLOCK, HEAD_DIM, EVEN, True, SOFTCAP, WINDOW, PRECISION,
+            acc, q, dout, lse, delta, K, V, kv_head, start, row, subtree_end, depth, rows, scale, softcap, window,
+            KEY_BLOCK, DIM, True, SOFTCAP, WINDOW, PRECISION,
         )  # fmt: skip
     dq = DQ + row[:, None].to(tl.int64) * stride_dq + head[:, None] * stride_dqh + dim[None, :]
     tl.store(dq, (acc * scale).to(DQ.dtype.element_ty), mask=valid[:, None] & (dim[None, :] < HEAD_DIM))
@@ -202,8 +189,8 @@ def _key_gradient_tile(
     # An entry that is no query has zeros for q and dout: it must only not overflow.
     lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
     delta = tl.load(Delta + head * rows + row, mask=valid, other=0.0)
-    s, slope = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
-    p = tl.exp2(s - lse[:, None])
+    s, factor, slope = _scores(q, k, scale, softcap, SOFTCAP, PRECISION)
+    p = tl.exp2(s * factor - lse[:, None])
     if MASKED:
         p = tl.where(_visible(row, key, subtree_end, depth, rows, window, WINDOW), p, 0.0)
     dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision=PRECISION)
@@ -215,7 +202,7 @@ def _key_gradient_tile(
 @triton.jit(do_not_specialize=["rows", "window"])
 def key_gradient(
     Q, K, V, DOut, Lse, Delta, DK, DV, subtree_end, depth, rows, scale, softcap, window,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh,
+    stride_q, stride_qh, stride_o, stride_oh,
     stride_dk, stride_dkh, stride_dv, stride_dvh,
     GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
@@ -228,8 +215,8 @@ def key_gradient(
     STEP: tl.constexpr = TILE // GROUP
     key = first + tl.arange(0, KEY_BLOCK)
     dim = tl.arange(0, DIM)
-    k = _load_keys(K + kv_head * stride_kh, key, rows, dim, stride_k, True, HEAD_DIM, EVEN)
-    v = _load_keys(V + kv_head * stride_vh, key, rows, dim, stride_v, True, HEAD_DIM, EVEN)
+    k = _load_keys(K, first, kv_head, KEY_BLOCK, DIM)
+    v = _load_keys(V, first, kv_head, KEY_BLOCK, DIM)
     some = tl.max(tl.load(subtree_end + key, mask=key < rows, other=0))
     every = tl.min(tl.load(subtree_end + key, mask=key < rows, other=2147483647))
     # Rows `first..own` hold the keys themselves, all rows `own..whole` see all of the keys.

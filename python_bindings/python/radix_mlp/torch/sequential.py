@@ -75,7 +75,7 @@ def sequential_attention(
         _one_path(q.index_select(0, rows), k.index_select(0, path), v.index_select(0, path), scale, softcap, window)
         for rows, path in zip(along.rows, along.paths, strict=True)
     ]
-    return torch.cat([*parts, q.new_zeros(1, *q.shape[1:])]).index_select(0, along.inverse)
+    return torch.cat([*parts, q.new_zeros(1, q.shape[1], v.shape[-1])]).index_select(0, along.inverse)
 
 
 def _one_path(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radix_mlp.torch import kernels
 from radix_mlp.torch.tree_mask import Tiles, TreeMask
@@ -43,9 +44,10 @@ class _TreeAttention(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
         kernels.forward[(len(mask.full) - 1, kv_heads)](
-            q, k, v, out, lse, mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
+            q, *_descriptors(mask.tiles, k, v), out, lse,  # type: ignore[call-arg]
+            mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
             rows, scale, softcap or 0.0, mask.window or 0,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],  # type: ignore[arg-type]
+            *q.stride()[:2], *out.stride()[:2],
             **_constants(q, kv_heads, mask, softcap, mask.tiles),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
@@ -62,15 +64,18 @@ class _TreeAttention(torch.autograd.Function):
         delta = (out.float() * dout.float()).sum(-1).t().contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         scalars = (rows, ctx.scale, ctx.softcap or 0.0, mask.window or 0)
-        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
+        strides = (*q.stride()[:2], *dout.stride()[:2])
+        tiles = _query_gradient_tiles(mask.tiles, q.dtype)
         kernels.query_gradient[(len(mask.full) - 1, kv_heads)](
-            q, k, v, dout, lse, delta, dq, mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
+            q, *_descriptors(tiles, k, v), dout, lse, delta, dq,  # type: ignore[call-arg]
+            mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
             *scalars, *strides, *dq.stride()[:2],
-            **_constants(q, kv_heads, mask, ctx.softcap, _query_gradient_tiles(mask.tiles, q.dtype)),
+            **_constants(q, kv_heads, mask, ctx.softcap, tiles),
         )  # fmt: skip
         tiles = _key_gradient_tiles(q.shape[-1], q.dtype)
         kernels.key_gradient[(triton.cdiv(rows, tiles.key_block), kv_heads)](
-            q, k, v, dout, lse, delta, dk, dv, mask.subtree_end, mask.depth,
+            q, *_descriptors(tiles, k, v), dout, lse, delta, dk, dv,  # type: ignore[call-arg]
+            mask.subtree_end, mask.depth,
             *scalars, *strides, *dk.stride()[:2], *dv.stride()[:2],
             **_constants(q, kv_heads, mask, ctx.softcap, tiles),
         )  # fmt: skip
@@ -82,13 +87,33 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _descriptors(tiles: Tiles, *tensors: Tensor) -> list[Any]:
+    """What a kernel loads blocks of keys through, [key_block, 1, head_dim padded to a power of two]."""
+    block = [tiles.key_block, 1, _padded(tensors[0].shape[-1])]
+    return [TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in map(_aligned, tensors)]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` at addresses of whole 16 bytes, as the copy engine wants them; a copy where it is not so."""
+    steps = [stride * x.element_size() for stride in x.stride()[:2]]
+    if x.data_ptr() % 16 == 0 and not any(step % 16 for step in steps):
+        return x
+    width = x.shape[-1]
+    wide = x.new_empty(*x.shape[:2], width + -width % (16 // x.element_size()))
+    return wide[..., :width].copy_(x)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
 def _constants(q: Tensor, kv_heads: int, mask: TreeMask, softcap: float | None, tiles: Tiles) -> dict[str, Any]:
     return {
         "GROUP": q.shape[1] // kv_heads,
         "TILE": tiles.tile,
         "KEY_BLOCK": tiles.key_block,
         "HEAD_DIM": q.shape[-1],
-        "DIM": max(16, triton.next_power_of_2(q.shape[-1])),
+        "DIM": _padded(q.shape[-1]),
         "SOFTCAP": softcap is not None,
         "WINDOW": mask.window is not None,
         "PRECISION": "ieee",

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch.cost import tree_seconds
 from radix_mlp.torch.fold import to_device
 
 Arrays = dict[str, NDArray[np.integer[Any]]]
@@ -25,16 +24,11 @@ class Tiles:
     stages: int
 
 
-def forward_tiles(head_dim: int, dtype: torch.dtype) -> list[Tiles]:
-    """The fastest for long runs of keys first, then those that waste less on short ones.
-
-    The best of a dozen on an H200, of those that fit in shared memory.
-    """
+def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The fastest of a dozen on an H200, of those that fit in shared memory."""
     if dtype == torch.float32:
-        return [Tiles(64, 32, 4, 1)]
-    if head_dim > 128:
-        return [Tiles(128, 32, 8, 2)]
-    return [Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 3)]
+        return Tiles(64, 32, 4, 1)
+    return Tiles(128, 64, 4, 2) if head_dim <= 128 else Tiles(128, 32, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -58,23 +52,13 @@ class TreeMask:
 
 
 def tree_mask(fold: Fold, q: Tensor, k: Tensor, window: int | None) -> TreeMask:
-    """The mask of a depth-first `fold` for `q` [rows, heads, head_dim] and `k` [rows, key heads, head_dim].
-
-    Its tiles are those that the cost model expects to be fastest on this batch.
-    """
-    _, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
+    """The mask of a depth-first `fold` for `q` [rows, heads, head_dim] and `k` [rows, key heads, head_dim]."""
+    tiles, group = forward_tiles(q.shape[-1], q.dtype), q.shape[1] // k.shape[1]
 
     def make() -> TreeMask:
-        choices = [(tiles, tree_arrays(fold, tiles, group, window)) for tiles in forward_tiles(head_dim, q.dtype)]
-        tiles, arrays = min(
-            choices,
-            key=lambda choice: tree_seconds(len(q), len(choice[1]["blocks"]), choice[0], kv_heads, group, head_dim),
-        )
-        return TreeMask(tiles, window, **to_device(arrays, q.device))
+        return TreeMask(tiles, window, **to_device(tree_arrays(fold, tiles, group, window), q.device))
 
-    return fold.derived(("tree", q.device, q.dtype, heads, kv_heads, head_dim, window), make)
+    return fold.derived(("tree", q.device, tiles, group, window), make)
 
 
 def tree_arrays(fold: Fold, tiles: Tiles, group: int, window: int | None) -> Arrays:

@@ -1,0 +1,289 @@
+"""How much transformers' Qwen3 gains from the fold on a GPU, in bfloat16 and last-token pooled.
+
+Times in alternation, on the same weights and token ids, which start on the CPU as a tokenizer gives them:
+
+- padded: the model as it is (sdpa, one batch padded on the right);
+- none, mlp, full: the levels of radix_mlp.transformers.fold, `none` with FlashAttention's varlen kernel;
+- none graphs, full graphs: the same as CUDA graphs, for batches of which they compute few enough rows, and all with
+  the tree kernel, which on unshared sequences is the faster one too;
+- unshared: `none` on a batch of as many random tokens as the fold leaves, in sequences of similar lengths, where
+  these are fewer than SMALL.
+
+"device_ms" is the time between two CUDA events around the call, "wall_ms" that until the device is done; the fold on
+the host lies within both. "peak_gib" is what the first call allocates beside the weights, its output included.
+"flips" says how often decisions differ.
+
+    python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
+    python benchmark/gpu_forward/measure.py --shapes qwen3-4b --only rerank "nothing shared"
+    python benchmark/gpu_forward/measure.py --smoke --out target/smoke.json    # a tiny model: does it run?
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+from gpu_forward.batches import Batch, load, unshared  # noqa: E402
+from gpu_forward.flips import flips  # noqa: E402
+from gpu_forward.models import SHAPES, padded, random_model, twin  # noqa: E402
+from gpu_forward.record import Record  # noqa: E402
+from gpu_forward.targets import targets  # noqa: E402
+from radix_mlp import Fold  # noqa: E402
+from radix_mlp.torch import pick_backend  # noqa: E402
+from radix_mlp.transformers import UnsupportedModelError, fold  # noqa: E402
+
+RESULT = ROOT / "benchmark" / "results" / "gpu_forward.json"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Below so many unique tokens, weights and launches bind the GPU: `full` is held to an unshared batch instead.
+SMALL = 8000
+# A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
+MAX_SECONDS = 10
+MIN_ROUNDS = 3
+
+Call = Callable[[], Tensor]
+
+
+class Column:
+    """One way to compute the last tokens' states of a batch, [sequences, hidden]."""
+
+    def __init__(self, model: PreTrainedModel, batch: Batch, level: Any = None, *, graphs: bool = False) -> None:
+        """At `level` None the model as it is."""
+        self.folded = level is not None
+        backend: Any = "query_folded" if level == "none" and not graphs and DEVICE.type == "cuda" else None
+        self.model = model
+        if self.folded:
+            self.model = fold(twin(model), level=level, backend=backend, cuda_graphs=graphs)
+        self.ids, self.mask = padded(batch)
+        self.last = torch.arange(len(batch), device=DEVICE), (self.mask.sum(1) - 1).to(DEVICE)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        # A folded model reads the ids on the host.
+        ids, mask = (self.ids, self.mask) if self.folded else (self.ids.to(DEVICE), self.mask.to(DEVICE))
+        states: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return states[self.last]
+
+
+def columns(model: PreTrainedModel, batch: Batch, folded: Fold) -> dict[str, Call]:
+    calls: dict[str, Call] = {"padded": Column(model, batch)}
+    calls |= {level: Column(model, batch, level) for level in ("none", "mlp", "full")}
+    if takes_graph(folded.num_tokens):
+        calls["none graphs"] = Column(model, batch, "none", graphs=True)
+    if takes_graph(folded.num_nodes):
+        calls["full graphs"] = Column(model, batch, "full", graphs=True)
+    if folded.num_nodes < SMALL and folded.num_nodes < folded.num_tokens:
+        same = unshared(batch, folded.num_nodes)
+        calls["unshared"] = Column(model, same, "none")
+        if takes_graph(folded.num_nodes):
+            calls["unshared graphs"] = Column(model, same, "none", graphs=True)
+    return calls
+
+
+def takes_graph(rows: int) -> bool:
+    if DEVICE.type != "cuda":
+        return False
+    from radix_mlp.transformers.graphs import MAX_ROWS
+
+    return rows <= MAX_ROWS
+
+
+def warm_up(calls: dict[str, Call]) -> tuple[dict[str, float], dict[str, str], dict[str, Tensor]]:
+    """Of each column its peak memory in GiB and its states; of those that cannot run the reason, and they go."""
+    peaks, skipped, states = {}, {}, {}
+    for name, call in list(calls.items()):
+        try:
+            before = allocated()
+            states[name] = call().float().cpu()
+            peaks[name] = round((allocated(peak=True) - before) / 2**30, 3)
+        except (torch.OutOfMemoryError, UnsupportedModelError) as error:
+            skipped[name] = str(error).split(". ")[0]
+            del calls[name]
+        release()
+    return peaks, skipped, states
+
+
+def allocated(*, peak: bool = False) -> int:
+    """Bytes of the GPU: those in use, or the most since this was last asked for; 0 on the CPU."""
+    if DEVICE.type != "cuda":
+        return 0
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return most if peak else torch.cuda.memory_allocated()
+
+
+def release() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def timed(call: Call) -> tuple[float, float]:
+    """Milliseconds between two events around the call, and until the device is done."""
+    if DEVICE.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (1e3 * (time.perf_counter() - start),) * 2
+    begin, end = event(), event()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), 1e3 * (time.perf_counter() - start)
+
+
+def event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def measure(model: PreTrainedModel, batch: Batch, rounds: int) -> dict[str, Any]:
+    folded = Fold.from_sequences(batch, layout="depth_first")
+    calls = columns(model, batch, folded)
+    peaks, skipped, states = warm_up(calls)
+    device: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    done = 0
+    while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - began < MAX_SECONDS):
+        for name, call in calls.items():
+            on_device, until_done = timed(call)
+            device[name].append(on_device)
+            wall[name].append(until_done)
+        done += 1
+    return {
+        "sequences": folded.num_sequences,
+        "tokens": folded.num_tokens,
+        "nodes": folded.num_nodes,
+        "compression": round(folded.compression, 4),
+        "backend": backend(model, folded),
+        "rounds": done,
+        "fold_ms": round(fold_ms(batch), 4),
+        "device_ms": medians(device),
+        "wall_ms": medians(wall),
+        "peak_gib": peaks,
+        "skipped": skipped,
+        "speedup": {clock: speedups(times) for clock, times in (("device", device), ("wall", wall))},
+        "difference": differences(states),
+    }
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(values), 4) for name, values in times.items()}
+
+
+def speedups(times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of how often faster a column is than `none`, or than the unshared batch's.
+
+    Columns of graphs are held against graphs where there are any.
+    """
+
+    def ratio(slow: str, fast: str) -> float:
+        pairs = zip(times[slow], times[fast], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 4)
+
+    result = {name: ratio("none", name) for name in ("padded", "mlp", "full") if {name, "none"} <= times.keys()}
+    graphs = "none graphs" if "none graphs" in times else "none"
+    if {"full graphs", graphs} <= times.keys():
+        result["full graphs"] = ratio(graphs, "full graphs")
+    for name in ("full", "full graphs"):
+        same = name.replace("full", "unshared")
+        if {name, same} <= times.keys():
+            result[f"{name} over unshared"] = ratio(same, name)
+    return result
+
+
+def fold_ms(batch: Batch) -> float:
+    """The fold alone, on the host: what a call does before it computes anything."""
+    ids, mask = padded(batch)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        Fold.from_padded(ids, mask, layout="depth_first")
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def backend(model: PreTrainedModel, rows: Fold) -> str:
+    """The attention that `full` picks for this batch."""
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    one = torch.empty(1, 1, config.head_dim, dtype=model.dtype, device=DEVICE)
+    q, k = (one.expand(rows.num_rows, count, -1) for count in (heads, kv_heads))
+    return pick_backend(q, k, k, rows)
+
+
+def differences(states: dict[str, Tensor]) -> dict[str, float]:
+    """Of the last tokens' states from those of `none`, in norm."""
+    if "none" not in states:
+        return {}
+    truth = states["none"]
+    others = {name: x for name, x in states.items() if name != "none" and not name.startswith("unshared")}
+    return {name: float(f"{(x - truth).norm() / truth.norm():.2e}") for name, x in others.items()}
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"\n{row['shape']}, {row['batch']}: {row['tokens']} tokens, {row['nodes']} nodes, {row['rounds']} rounds")
+    for name, milliseconds in row["wall_ms"].items():
+        speed = row["speedup"]["wall"].get(name)
+        shown = f"{speed:8.2f} of {row['compression']:.2f}" if speed else ""
+        print(f"  {name:16}{milliseconds:11.3f} ms{row['peak_gib'][name]:9.2f} GiB{shown}")
+    for name, reason in row["skipped"].items():
+        print(f"  {name:16} {reason}")
+    print(f"  {json.dumps({key: row[key] for key in ('backend', 'fold_ms', 'difference', 'flips') if key in row})}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-4b", "qwen3-8b"])
+    parser.add_argument("--batches-file", type=Path, help="what batches.py wrote; none: the synthetic ones only")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the batches to run")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, default=RESULT, help="keeps the other rows of the file")
+    parser.add_argument("--commit", help="where there is no git to ask")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and small batches, one round")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.shapes, arguments.rounds = ["tiny"], 1
+        if arguments.out == RESULT:
+            parser.error("--smoke measures nothing: name another file with --out")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    record = Record(arguments.out, arguments.commit, ("shape", "batch"))
+    batches = load(arguments.batches_file, arguments.only, smoke=arguments.smoke)
+    for shape in arguments.shapes:
+        model = random_model(shape, DEVICE)
+        for name in tqdm(batches, desc=shape):
+            row = {"shape": shape, "batch": name} | measure(model, batches[name], arguments.rounds)
+            release()
+            if shape in ("tiny", "qwen3-0.6b"):
+                row["flips"] = flips(model, batches[name], pairs=name == "rerank")
+                release()
+            record.add(row)
+            show(row)
+        del model
+        release()
+    record.result["targets"] = targets(record.result["rows"])
+    record.write()
+    for check in record.result["targets"]:
+        print(f"{'met   ' if check['met'] else 'MISSED'} {check['target']}: {check['value']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Draws results/gpu_forward.json to results/gpu_forward.png.
+
+python benchmark/gpu_forward/plot.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_forward.json"
+COLORS = {"padded": "tab:blue", "mlp": "tab:orange", "full": "tab:green", "full graphs": "tab:olive"}
+MARKS = "osD^"
+PANELS_A_ROW = 3
+
+Row = dict[str, Any]
+
+
+def speeds(axes: Axes, name: str, rows: list[Row]) -> None:
+    x = np.arange(len(rows))
+    for index, (label, color) in enumerate(COLORS.items()):
+        heights = [row["speedup"]["wall"].get(label, np.nan) for row in rows]
+        bars = axes.bar(x + 0.21 * (index - 1.5), heights, 0.2, label=label, color=color)
+        texts = ["" if np.isnan(height) else f"{height:.{2 if height < 10 else 1}f}" for height in heights]
+        axes.bar_label(bars, texts, fontsize=6, padding=1)
+    compression = rows[0]["compression"]
+    axes.axhline(compression, color="black", linestyle="dashed", linewidth=1, label="compression N/N'")
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.margins(y=0.12)
+    axes.set_xticks(x, [row["shape"].removeprefix("qwen3-") for row in rows], fontsize=8)
+    axes.set_title(f"{name}: {rows[0]['tokens']:,} → {rows[0]['nodes']:,}", fontsize=9)
+
+
+def memory(axes: Axes, rows: list[Row]) -> None:
+    """How many times the peak of `full` that of `none` is, over compression."""
+    limits = [1, 1.2 * max(row["compression"] for row in rows)]
+    axes.plot(limits, limits, "k--", linewidth=1)
+    for mark, shape in zip(MARKS, dict.fromkeys(row["shape"] for row in rows), strict=False):
+        own = [row for row in rows if row["shape"] == shape and {"none", "full"} <= row["peak_gib"].keys()]
+        ratios = [row["peak_gib"]["none"] / row["peak_gib"]["full"] for row in own]
+        axes.plot([row["compression"] for row in own], ratios, mark, label=shape, alpha=0.7)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("compression", fontsize=8)
+    axes.set_title("peak memory beside the weights, none / full", fontsize=9)
+    axes.legend(fontsize=7)
+
+
+def plot(result: dict[str, Any]) -> None:
+    rows = sorted(result["rows"], key=lambda row: row["shape"])
+    names = list(dict.fromkeys(row["batch"] for row in rows))
+    rows_of_panels = -(-(len(names) + 1) // PANELS_A_ROW)
+    size = (4 * PANELS_A_ROW, 2.7 * rows_of_panels + 0.6)
+    figure, grid = plt.subplots(rows_of_panels, PANELS_A_ROW, figsize=size, layout="constrained")
+    panels = list(grid.flat)
+    for axes, name in zip(panels, names, strict=False):
+        speeds(axes, name, [row for row in rows if row["batch"] == name])
+    memory(panels[len(names)], rows)
+    for axes in panels[len(names) + 1 :]:
+        axes.axis("off")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(
+        f"Qwen3 of transformers, bf16, {result['hardware']['gpu']}: speed over none (full graphs: over none as graphs)"
+    )
+    figure.savefig(RESULT.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    plot(json.loads(RESULT.read_text()))

@@ -1,0 +1,62 @@
+"""JSON results that several runs fill, and what they say of the machine and the code."""
+
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+
+from machine import cpu, output_of
+
+
+class Record:
+    """A result file, `{"hardware", "versions", "rows"}`; the rows that other runs put there stay.
+
+    No two rows agree in all of `keys`: a new one replaces the old one. Each says with which commit and driver and on
+    which day it was measured. Raises ValueError for a file that another GPU or other versions wrote.
+    """
+
+    def __init__(self, path: Path, commit: str | None, keys: tuple[str, ...]) -> None:
+        self.path, self.keys = path, keys
+        self.origin = {
+            "commit": commit or output_of("git", "describe", "--always", "--dirty"),
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "cpu": cpu(),
+        }
+        if torch.cuda.is_available():
+            self.origin["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        self.result: dict[str, Any] = environment() | {"rows": []}
+        if path.exists():
+            self.result = json.loads(path.read_text())
+        for key, value in environment().items():
+            if self.result[key] != value:
+                raise ValueError(f"{path} was measured with {self.result[key]}, and this is {value}: take another file")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Put `row` into the file, which is written at once: a run may be cut off."""
+        others = [old for old in self.result["rows"] if any(old[key] != row[key] for key in self.keys)]
+        self.result["rows"] = [*others, row | self.origin]
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n")
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    gpu: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        gpu = {"gpu": torch.cuda.get_device_name(), "memory_gib": round(memory / 2**30)}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "triton": triton.__version__,
+    }
+    return {"hardware": gpu, "versions": versions}

@@ -1,0 +1,116 @@
+"""The attention implementation that folded models run in place of their own."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from radix_mlp.fold import Fold
+from radix_mlp.torch import attention
+from radix_mlp.torch.dispatch import Backend
+from radix_mlp.transformers.support import UnsupportedModelError
+
+Level = Literal["none", "mlp", "full"]
+
+# The keyword through which a model hands the batch down to its attention layers.
+KEYWORD = "radix_mlp_attention"
+PREFIX = "radix_mlp+"
+
+
+class Attend(Protocol):
+    """How the rows of one batch attend: `q` [rows, heads, head_dim], `k` and `v` [rows, key heads, head_dim]."""
+
+    # How many layers have attended, and which windows they had.
+    calls: int
+    windows: set[int | None]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
+    ) -> Tensor: ...
+
+
+class FoldedAttention:
+    """Attention over the rows of `fold`, at level "none" one that shares nothing, or at level "full".
+
+    At level "mlp", `copies` is the same batch with nothing shared: queries, keys and values are
+    unfolded to it and the result is folded back in every layer (arXiv 2601.15013).
+    """
+
+    def __init__(self, fold: Fold, backend: Backend | None, copies: Fold | None = None) -> None:
+        self.fold, self.backend, self.copies = fold, backend, copies
+        self.calls = 0
+        self.windows: set[int | None] = set()
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
+    ) -> Tensor:
+        self.calls += 1
+        self.windows.add(window)
+        fold = self.fold
+        if self.copies is not None:
+            q, k, v = fold.unfold(q), fold.unfold(k), fold.unfold(v)
+            fold = self.copies
+        out = attention(q, k, v, fold, scale=scale, softcap=softcap, window=window, backend=self.backend)
+        return out if self.copies is None else self.fold.fold(out)
+
+
+def install(model: PreTrainedModel) -> str:
+    """Put the folded attention in place of the model's own, which it still runs where nothing is folded.
+
+    Returns the name of the model's own.
+    """
+    original: str = model.config._attn_implementation or "eager"
+    name = PREFIX + original
+    AttentionInterface.register(name, partial(_attention_forward, original))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    model.config._attn_implementation = name
+    return original
+
+
+def _attention_forward(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`query` [1, heads, rows, head_dim] and so on; the result is [1, rows, heads, head_dim]."""
+    attend: Attend | None = options.pop(KEYWORD, None)
+    if attend is None:
+        return _interface(original, module)(module, query, key, value, attention_mask, **options)
+    return _attend(attend, module, query, key, value, options), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(
+    attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Tensor:
+    name = type(module).__name__
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{name} is bidirectional: what a token sees differs between its copies")
+    for option, meaning in (("s_aux", "attention sinks"), ("position_bias", "a position bias")):
+        if options.get(option) is not None:
+            raise UnsupportedModelError(f"{name} has {meaning}, which folded attention does not compute")
+    if options.get("dropout"):
+        raise UnsupportedModelError(
+            f"{name} has active dropout of {options['dropout']}: copies of a token would draw different masks. "
+            "Set attention_dropout to 0 or call model.eval()"
+        )
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out = attend(q, k, v, options.get("scaling"), options.get("softcap"), options.get("sliding_window"))
+    return out.unsqueeze(0)
+
+
+def _interface(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function `name`; "eager" is each model's own."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return function

@@ -1,0 +1,199 @@
+"""One call's tokens, packed and folded, and the way of its results back to the shape that was asked for."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radix_mlp._host import unsigned
+from radix_mlp.fold import Fold
+from radix_mlp.torch.fold import to_device
+from radix_mlp.transformers.attention import Level
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A call's sequences, one after another, and where their tokens stand in what was passed in.
+
+    `input_ids` and `position_ids` are [N], `offsets` [sequences + 1]. Sequence s came from the flattened
+    places `starts[s]:starts[s] + length` of `shape`, all others are padding.
+    """
+
+    input_ids: NDArray[np.uint32]
+    position_ids: NDArray[np.uint32]
+    offsets: Int64
+    starts: Int64
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A folded call: `fold` is what is computed, at level "none" one that shares nothing.
+
+    `copies` is the batch with nothing shared, at level "mlp" only. `index` [sequences, length] on the host and
+    `places`, the same on the device, flat, are the compact row of each place, and the number of rows at padding.
+    `inputs` are `input_ids` and `position_ids` [1, rows], int64.
+    """
+
+    packed: Packed
+    fold: Fold
+    copies: Fold | None
+    index: Int32
+    places: Tensor
+    inputs: dict[str, Tensor]
+
+    def restore(self, compact: Tensor, dim: int = 1) -> Tensor:
+        """Compact rows in dimension `dim` of a [1, ...] tensor as a padded batch, zeros at padding."""
+        padded = len(self.packed.input_ids) < self.index.size
+        return unfold_rows(compact, self.places, self.index.shape, dim, padded=padded)
+
+
+def unfold_rows(compact: Tensor, places: Tensor, shape: tuple[int, ...], dim: int, *, padded: bool) -> Tensor:
+    """Rows of `compact` [1, ..., rows, ...] at `places`, as [shape[0], ..., shape[1], ...]; past the end are zeros."""
+    rows = compact.squeeze(0)
+    dim -= 1
+    if padded:
+        blank = rows.new_zeros(*rows.shape[:dim], 1, *rows.shape[dim + 1 :])
+        rows = torch.cat([rows, blank], dim)
+    whole = rows.index_select(dim, places)
+    return whole.view(*whole.shape[:dim], *shape, *whole.shape[dim + 1 :]).movedim(dim, 0)
+
+
+def pack_call(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lengths: Tensor | None,
+    *,
+    rotary: bool,
+) -> Packed:
+    """Read a call's arguments on the host, in one copy from an accelerator.
+
+    `rotary` says that positions matter by their differences only: padding on the left then counts for none.
+
+    Raises ValueError for arguments that do not go together, TypeError for what are not integers.
+    """
+    ids = input_ids.unsqueeze(0) if input_ids.ndim == 1 else input_ids
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids must be [sequences, length], got shape {tuple(input_ids.shape)}")
+    if cu_seq_lengths is not None and (attention_mask is not None or ids.shape[0] != 1):
+        raise ValueError(
+            "cu_seq_lengths marks the sequences of input_ids [1, N] and takes no attention_mask, "
+            f"got input_ids {tuple(ids.shape)}"
+        )
+    parts = {"input_ids": ids}
+    if position_ids is not None:
+        parts["position_ids"] = _like_ids("position_ids", position_ids, ids)
+    if cu_seq_lengths is not None:
+        parts["cu_seq_lengths"] = cu_seq_lengths.to(ids.device)
+    elif attention_mask is not None:
+        parts["spans"] = _spans(_like_ids("attention_mask", attention_mask, ids))
+    host = _to_host(parts)
+    sequences, length = ids.shape
+    starts, lengths = _sequences(host, sequences, length)
+    slices = [slice(start, start + count) for start, count in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    if position_ids is not None:
+        positions = _join([host["position_ids"][each] for each in slices])
+    else:
+        count = np.arange(length, dtype=np.int32)
+        first = np.zeros_like(starts) if rotary or cu_seq_lengths is not None else starts % max(length, 1)
+        pairs = zip(first.tolist(), lengths.tolist(), strict=True)
+        positions = _join([count[begin : begin + size] for begin, size in pairs])
+    return Packed(
+        unsigned("input_ids", _join([host["input_ids"][each] for each in slices])),
+        unsigned("position_ids", positions),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        starts,
+        (sequences, length),
+    )
+
+
+def _like_ids(name: str, values: Tensor, ids: Tensor) -> Tensor:
+    """`values` in the shape of `ids`, on its device."""
+    values = values.unsqueeze(0) if values.ndim == 1 else values
+    if values.ndim != 2 or values.shape[1] != ids.shape[1] or values.shape[0] not in (1, ids.shape[0]):
+        raise ValueError(f"{name} must be {list(ids.shape)} like input_ids, got shape {tuple(values.shape)}")
+    return values.expand_as(ids).to(ids.device)
+
+
+def _spans(mask: Tensor) -> Tensor:
+    """Of each row of `mask`: where its ones start, where they end, and how many they are, [3, sequences]."""
+    kept = mask.bool()
+    lengths = kept.sum(1)
+    # The index of a largest value is that of the first of them.
+    first = kept.byte().argmax(1) if mask.shape[1] else lengths
+    last = mask.shape[1] - kept.flip(1).byte().argmax(1) if mask.shape[1] else lengths
+    return torch.stack([first, last, lengths])
+
+
+def _to_host(parts: dict[str, Tensor]) -> dict[str, Int32]:
+    """Tensors of integers of one device, flat, in one copy."""
+    for name, tensor in parts.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    # What int32 cannot hold must not wrap around to what a model has an embedding for.
+    limit = torch.iinfo(torch.int32)
+    flat = [tensor.flatten().clamp(limit.min, limit.max).to(torch.int32) for tensor in parts.values()]
+    packed = torch.cat(flat)
+    if packed.is_cuda:
+        pinned = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
+        packed = pinned.copy_(packed)
+    pieces = torch.split(packed, [tensor.numel() for tensor in flat])
+    return {name: piece.numpy() for name, piece in zip(parts, pieces, strict=True)}
+
+
+def _sequences(host: dict[str, Int32], rows: int, length: int) -> tuple[Int64, Int64]:
+    """Where each sequence starts in the flattened input, and how many tokens it has."""
+    if "cu_seq_lengths" in host:
+        bounds = host["cu_seq_lengths"].astype(np.int64)
+        if bounds.size < 1 or bounds[0] != 0 or bounds[-1] != length or (np.diff(bounds) < 0).any():
+            raise ValueError(f"cu_seq_lengths must rise from 0 to {length}, the tokens of input_ids, got {bounds}")
+        return bounds[:-1], bounds[1:] - bounds[:-1]
+    begin = np.arange(rows, dtype=np.int64) * length
+    if "spans" in host:
+        first, last, lengths = host["spans"].reshape(3, rows).astype(np.int64)
+        broken = np.flatnonzero((lengths > 0) & (last - first != lengths))
+        if broken.size:
+            row = int(broken[0])
+            raise ValueError(
+                f"attention_mask must be padding on one or both sides of each row's tokens, but row {row} has "
+                f"{lengths[row]} tokens between {first[row]} and {last[row] - 1}"
+            )
+        return begin + first, lengths
+    if "position_ids" in host:
+        # As transformers packs a batch without mask: a new sequence where positions do not go on by one.
+        positions = host["position_ids"].reshape(rows, length)
+        breaks = np.ones(positions.shape, bool)
+        breaks[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        starts = np.flatnonzero(breaks)
+        return starts, np.diff(np.append(starts, positions.size)).astype(np.int64)
+    return begin, np.full(rows, length, np.int64)
+
+
+def _join(parts: list[Int32]) -> Int32:
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_of: int | None = None) -> Batch:
+    """Fold `packed` for `level`: see `Batch`."""
+    folded = partial(Fold, packed.input_ids, packed.position_ids, packed.offsets, layout="depth_first")
+    own = np.arange(len(packed.starts))
+    fold = folded(pad_multiple_of=pad_multiple_of, salts=own if level == "none" else None)
+    copies = folded(salts=own) if level == "mlp" else None
+    places = torch.empty(packed.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+    index: Int32 = places.numpy()
+    flat = index.reshape(-1)
+    flat.fill(fold.num_rows)
+    scatter = fold.scatter_indices
+    bounds = packed.offsets.tolist()
+    for start, begin, end in zip(packed.starts.tolist(), bounds, bounds[1:], strict=False):
+        flat[start : start + end - begin] = scatter[begin:end]
+    inputs = to_device({"input_ids": fold.input_ids, "position_ids": fold.position_ids}, device)
+    rows = {name: tensor.long().unsqueeze(0) for name, tensor in inputs.items()}
+    return Batch(packed, fold, copies, index, places.view(-1).to(device, non_blocking=True), rows)

@@ -1,0 +1,348 @@
+"""Puts a folding forward in place of a model's own, and takes it away again."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.utils.generic import ModelOutput
+
+from radix_mlp.torch.dispatch import Backend
+from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install
+from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
+from radix_mlp.transformers.support import (
+    PROVEN,
+    UnsupportedModelError,
+    find_model,
+    has_rotary_positions,
+    refuse_dropout,
+    refuse_unsupported,
+)
+
+if TYPE_CHECKING:
+    from radix_mlp.transformers.graphs import Graphs
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Where the folding of a model is kept, as an attribute of the model.
+ATTRIBUTE = "_radix_mlp_folding"
+
+# What a model's loss function takes beside logits, labels and the size of the vocabulary.
+LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _skip(function: Function) -> Function:
+    """Run `function` itself as it is under torch.compile, but compile what it calls of the model."""
+    return cast("Function", torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+
+
+def fold(model: Module, *, level: Level = "full", backend: Backend | None = None, cuda_graphs: bool = False) -> Module:
+    """Make `model` fold each batch onto its prefix trie; change it in place and return it.
+
+    `model` is a causal decoder of transformers 5, with or without a head, or a module that holds one:
+    a SentenceTransformer, a CrossEncoder, a PEFT model, a compiled model.
+
+    It is called as before: `input_ids` [sequences, length] with an `attention_mask`, padded on either side, and
+    `position_ids` if need be. What comes back has the same class and shapes; at padding it is zero.
+    Also packed: `input_ids` [1, N] with `cu_seq_lengths` [sequences + 1]. `input_ids` may lie on the CPU where
+    the model does not: the fold reads them there, which spares a copy down.
+
+    `level` is what is computed once: "full" everything, "mlp" all but attention (arXiv 2601.15013),
+    "none" nothing (the batch is packed, without padding). `backend` names the attention of
+    `radix_mlp.torch.attention`. `cuda_graphs` replays the decoder as a CUDA graph, without the time that
+    Python takes to launch its kernels, for batches of up to 16,384 rows where no gradient is asked for; each
+    number of rows, in steps of 128, is captured when it first comes.
+
+    A cache is made only where `use_cache=True` is passed. Tokens after a cache, as `generate` decodes
+    them, run as in the model itself.
+
+    Raises UnsupportedModelError, with the reason, where folding would change the model's results. A type of
+    model that the tests do not cover is first run both ways on a small batch, and refused if they differ.
+    """
+    target = find_model(model)
+    if level not in get_args(Level):
+        raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
+    if hasattr(target, ATTRIBUTE):
+        raise ValueError(f"{type(target).__name__} is folded already: unfold it first")
+    refuse_unsupported(target)
+    Folding(target, level, backend, cuda_graphs=cuda_graphs)
+    if target.config.model_type not in PROVEN:
+        try:
+            _prove(target)
+        except BaseException:
+            unfold(target)
+            raise
+    return model
+
+
+def unfold(model: Module) -> Module:
+    """Give a folded model its own forward back, in place; return it."""
+    target = find_model(model)
+    folding: Folding | None = getattr(target, ATTRIBUTE, None)
+    if folding is None:
+        raise ValueError(f"{type(target).__name__} is not folded")
+    folding.remove()
+    return model
+
+
+@contextmanager
+def folded(
+    model: Module, *, level: Level = "full", backend: Backend | None = None, cuda_graphs: bool = False
+) -> Iterator[Module]:
+    """`fold` for the length of a `with` block."""
+    fold(model, level=level, backend=backend, cuda_graphs=cuda_graphs)
+    try:
+        yield model
+    finally:
+        unfold(model)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A folded call: the `arguments` with which the model runs on compact rows, and the caller's `cache`."""
+
+    batch: Batch
+    attend: FoldedAttention
+    arguments: dict[str, Any]
+    cache: Any
+
+
+class Folding:
+    """The forwards of one model that fold: of its decoder, and of the model itself where that has an LM head."""
+
+    def __init__(self, model: PreTrainedModel, level: Level, backend: Backend | None, *, cuda_graphs: bool) -> None:
+        self.model, self.decoder = model, cast("PreTrainedModel", model.base_model)
+        self.level, self.backend = level, backend
+        self.rotary = has_rotary_positions(model)
+        self.layers: int = model.config.num_hidden_layers
+        self.graphs: Graphs | None = None
+        self.row_multiple: int | None = None
+        if cuda_graphs:
+            self.graphs, self.row_multiple = _graphs()
+        self.implementation = install(model)
+        self.run_decoder = self._replace(self.decoder, self._decode)
+        if self._has_lm_head():
+            self.run_model = self._replace(model, self._predict)
+        setattr(model, ATTRIBUTE, self)
+
+    def remove(self) -> None:
+        for module in {self.model, self.decoder}:
+            module.__dict__.pop("forward", None)
+        self.model.config._attn_implementation = self.implementation
+        delattr(self.model, ATTRIBUTE)
+
+    def _has_lm_head(self) -> bool:
+        takes = inspect.signature(self.model.forward).parameters
+        return self.model is not self.decoder and "logits_to_keep" in takes
+
+    def _replace(
+        self, module: nn.Module, folding: Callable[[dict[str, Any]], ModelOutput]
+    ) -> Callable[..., ModelOutput]:
+        """Run `folding` in place of `module.forward`, but where a cache or an outer call has been there before."""
+        own = module.forward
+        signature = inspect.signature(own)
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = signature.bind_partial(*args, **kwargs).arguments
+            call |= call.pop("kwargs", {})
+            cache = call.get("past_key_values")
+            if KEYWORD in call:
+                return self._run(call) if module is self.decoder else own(**call)
+            if cache is not None and cache.get_seq_length() > 0:
+                return own(**call)
+            as_dict = call.pop("return_dict", None)
+            output = folding(call)
+            dictionary = self.model.config.return_dict if as_dict is None else as_dict
+            return output if dictionary else output.to_tuple()
+
+        module.forward = _skip(forward)
+        return own
+
+    @_skip
+    def _decode(self, call: dict[str, Any]) -> ModelOutput:
+        """The decoder's outputs for a padded or packed call."""
+        folded: Call = self._fold(call)
+        output: ModelOutput = self._restored(self._run(folded.arguments), folded, {})
+        return output
+
+    @_skip
+    def _predict(self, call: dict[str, Any]) -> ModelOutput:
+        """The outputs of a model with an LM head, which also runs once a row."""
+        labels, keep = call.pop("labels", None), call.pop("logits_to_keep", 0)
+        folded: Call = self._fold(call)
+        restore = self._keep(folded, keep)
+        compact = self.run_model(**folded.arguments)
+        ready = {"logits": restore(compact["logits"])}
+        if labels is not None:
+            vocabulary = self.model.config.vocab_size
+            options = {name: call[name] for name in LOSS_OPTIONS if name in call}
+            ready["loss"] = self.model.loss_function(ready["logits"], labels, vocabulary, **options)
+        output: ModelOutput = self._restored(compact, folded, ready)
+        return output
+
+    @_skip
+    def _run(self, arguments: dict[str, Any]) -> ModelOutput:
+        """The decoder itself on compact rows, as a CUDA graph where that is asked for and possible."""
+        if self.graphs is not None and self.graphs.takes(arguments):
+            return self.graphs.run(self.run_decoder, self.decoder, arguments)
+        return self.run_decoder(**arguments)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _fold(self, call: dict[str, Any]) -> "Call":
+        """Fold a call; ValueError or TypeError where its arguments do not go together."""
+        refuse_dropout(self.model)
+        rest = {name: value for name, value in call.items() if value is not None}
+        self._refuse_arguments(rest)
+        bounds = rest.pop("cu_seq_lengths", rest.pop("cu_seq_lens_q", None))
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"):
+            rest.pop(name, None)
+        cache = rest.pop("past_key_values", None)
+        use_cache = bool(rest.pop("use_cache", False))
+        packed = pack_call(
+            rest.pop("input_ids"),
+            rest.pop("attention_mask", None),
+            rest.pop("position_ids", None),
+            bounds,
+            rotary=self.rotary,
+        )
+        embeddings = next(self.decoder.get_input_embeddings().parameters())
+        batch = fold_call(packed, self.level, embeddings.device, self.row_multiple)
+        if len(batch.fold.input_ids) and (largest := batch.fold.input_ids.max()) >= len(embeddings):
+            raise ValueError(f"input_ids holds {largest}, but the model has {len(embeddings)} embeddings")
+        attend = FoldedAttention(batch.fold, self.backend, batch.copies)
+        arguments = {
+            **batch.inputs,
+            **rest,
+            # A mask of four dimensions is taken as it is, so that none is made; attention never reads it.
+            "attention_mask": torch.zeros(1, 1, 1, 1, device=embeddings.device),
+            "past_key_values": DynamicCache() if use_cache else None,
+            "use_cache": use_cache,
+            KEYWORD: attend,
+        }
+        return Call(batch, attend, arguments, cache)
+
+    def _refuse_arguments(self, call: dict[str, Any]) -> None:
+        for name in ("inputs_embeds", "encoder_hidden_states", "token_type_ids"):
+            if name in call:
+                raise ValueError(f"a folded model takes input_ids, from which it tells what is shared, not {name}")
+        for name in ("output_attentions", "output_router_logits"):
+            if call.get(name, getattr(self.model.config, name, False)):
+                raise ValueError(f"a folded model has no {name}: unfold it to see them")
+        if "input_ids" not in call:
+            raise ValueError("a folded model needs input_ids")
+        mask = call.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim > 2):
+            raise ValueError("a folded model takes an attention_mask [sequences, length], not a prepared mask")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _keep(self, call: "Call", keep: int | Tensor) -> Callable[[Tensor], Tensor]:
+        """Ask for the logits of each row in `keep` once; return what puts them in their places."""
+        batch = call.batch
+        kept = _kept(batch.index, keep)
+        rows = np.unique(kept)
+        present = rows[rows < batch.fold.num_rows]
+        places = torch.from_numpy(np.searchsorted(present, kept).reshape(-1)).to(batch.places.device)
+        call.arguments["logits_to_keep"] = torch.from_numpy(present.astype(np.int64)).to(batch.places.device)
+        return partial(unfold_rows, places=places, shape=kept.shape, dim=1, padded=len(present) < len(rows))
+
+    def _check_layers(self, attend: FoldedAttention) -> None:
+        """Every layer must have attended through the fold, and a window must have reached one of them."""
+        name = type(self.model).__name__
+        if attend.calls != self.layers:
+            raise UnsupportedModelError(
+                f"{name} cannot be folded: {attend.calls} of its {self.layers} layers attended through "
+                "transformers' attention interface"
+            )
+        window = getattr(self.model.config, "sliding_window", None)
+        layers = getattr(self.model.config, "layer_types", None) or ["sliding_attention"]
+        if window is not None and "sliding_attention" in layers and attend.windows == {None}:
+            raise UnsupportedModelError(f"{name} cannot be folded: no layer was told its sliding window of {window}")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _restored(self, output: ModelOutput, call: "Call", ready: dict[str, Tensor]) -> ModelOutput:
+        """`output` with every row in its places, but for the fields that are `ready`."""
+        self._check_layers(call.attend)
+        batch = call.batch
+        fields: dict[str, Any] = dict(ready)
+        for name, value in output.items():
+            if name in fields:
+                continue
+            if name == "past_key_values":
+                fields[name] = self._restored_cache(value, batch, call.cache)
+            elif isinstance(value, Tensor):
+                fields[name] = batch.restore(value)
+            elif isinstance(value, tuple):
+                fields[name] = tuple(batch.restore(each) for each in value)
+            else:
+                raise UnsupportedModelError(f"{type(self.model).__name__} returned {name}, a {type(value).__name__}")
+        return type(output)(**fields)
+
+    def _restored_cache(self, compact: DynamicCache, batch: Batch, cache: Any) -> Any:
+        """The keys and values [sequences, key heads, length, head_dim] of every layer, in `cache` or a new one."""
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        for layer, states in enumerate(compact.layers):
+            assert isinstance(states, DynamicLayer)
+            assert states.keys is not None
+            assert states.values is not None
+            cache.update(batch.restore(states.keys, dim=2), batch.restore(states.values, dim=2), layer)
+        return cache
+
+
+def _kept(index: Int32, keep: int | Tensor) -> Int32:
+    """The rows [sequences, positions] whose logits are asked for, as `logits_to_keep` of transformers says."""
+    if isinstance(keep, int):
+        return index[:, -keep:] if keep else index
+    chosen = keep.cpu().numpy()
+    if chosen.ndim == 1:
+        kept: Int32 = index[:, chosen]
+    elif chosen.dtype == bool:
+        kept = index[chosen][None]
+    else:
+        kept = np.take_along_axis(index, chosen, 1)
+    return kept
+
+
+def _graphs() -> "tuple[Graphs, int]":
+    """A model's graphs, and the multiple to which they want rows padded. Imports Triton."""
+    if not torch.cuda.is_available():
+        raise ValueError("cuda_graphs needs a CUDA device")
+    from radix_mlp.transformers.graphs import STEP, Graphs
+
+    return Graphs(), STEP
+
+
+def _prove(model: PreTrainedModel) -> None:
+    """Compare the folded with the plain model on a few short sequences, padded on the left; raise where they differ."""
+    vocabulary = model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (3, 12), generator=generator)
+    ids[1:, :6] = ids[0, :6]
+    folding: Folding = getattr(model, ATTRIBUTE)
+    training = model.training
+    model.train(mode=False)
+    ids = ids.to(folding.decoder.device)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    try:
+        with torch.no_grad():
+            folded_states = folding.decoder(input_ids=ids, attention_mask=mask)[0].float()
+            plain_states = folding.run_decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0].float()
+    finally:
+        model.train(training)
+    difference = ((folded_states - plain_states)[mask.bool()].norm() / plain_states[mask.bool()].norm()).item()
+    limit = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+    if not difference < limit:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be folded: on a test batch the states of the folded model differ from its "
+            f"own by {difference:.1e} of their norm. Its type, {model.config.model_type}, is none that the tests cover"
+        )

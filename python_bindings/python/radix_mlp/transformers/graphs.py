@@ -1,0 +1,130 @@
+"""Replays of a folded decoder as CUDA graphs: a batch that is small for its GPU waits for no launch."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from radix_mlp.fold import Fold
+from radix_mlp.torch.fold import pack
+from radix_mlp.torch.tree import tree_attention
+from radix_mlp.torch.tree_mask import TreeMask, forward_tiles, tree_arrays
+from radix_mlp.transformers.attention import KEYWORD, FoldedAttention
+from radix_mlp.transformers.support import UnsupportedModelError
+
+# Rows are padded to a multiple of this: one graph serves all batches that pad to its number.
+STEP = 128
+# Beyond, the GPU is busy for longer than its launches take.
+MAX_ROWS = 16_384
+MAX_GRAPHS = 32
+
+
+class GraphAttention:
+    """Tree attention whose masks stand in fixed memory: `load` puts another batch of as many rows there."""
+
+    def __init__(self, fold: Fold) -> None:
+        self.fold = fold
+        self.masks: dict[int | None, tuple[TreeMask, Tensor, int]] = {}
+        self.calls = 0
+        self.windows: set[int | None] = set()
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
+    ) -> Tensor:
+        self.calls += 1
+        self.windows.add(window)
+        if window not in self.masks:
+            self._add(q, k, window)
+        mask, _, _ = self.masks[window]
+        return tree_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+
+    def _add(self, q: Tensor, k: Tensor, window: int | None) -> None:
+        group = q.shape[1] // k.shape[1]
+        tiles = forward_tiles(q.shape[-1], q.dtype)
+        arrays = tree_arrays(self.fold, tiles, group, window)
+        # Every query block may come to see every key block.
+        sizes = {name: len(array) for name, array in arrays.items()}
+        sizes["blocks"] = (len(arrays["full"]) - 1) * -(-len(q) // tiles.key_block)
+        memory = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=q.device)
+        parts = dict(zip(sizes, torch.split(memory, list(sizes.values())), strict=True))
+        self.masks[window] = (TreeMask(tiles, window, **parts), memory, group)
+        self.load(self.fold)
+
+    def load(self, fold: Fold) -> None:
+        for mask, memory, group in self.masks.values():
+            packed = pack(tree_arrays(fold, mask.tiles, group, mask.window), pinned=True)
+            memory[: len(packed)].copy_(packed, non_blocking=True)
+
+
+class Graph:
+    """One capture of the decoder, for batches of as many rows as that of `call`."""
+
+    def __init__(self, forward: Callable[..., ModelOutput], call: dict[str, Any], pool: Any) -> None:
+        self.attend = GraphAttention(call[KEYWORD].fold)
+        self.inputs = {name: call[name].clone() for name in ("input_ids", "position_ids")}
+        arguments = {**call, **self.inputs, KEYWORD: self.attend}
+        # A first run allocates and compiles, which no capture may; it runs on a stream of its own.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward(**arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.attend.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = forward(**arguments)
+
+    def replay(self, call: dict[str, Any]) -> ModelOutput:
+        """The outputs, in memory that the next replay overwrites."""
+        for name, static in self.inputs.items():
+            static.copy_(call[name])
+        attend: FoldedAttention = call[KEYWORD]
+        self.attend.load(attend.fold)
+        self.graph.replay()
+        attend.calls, attend.windows = self.attend.calls, self.attend.windows
+        return self.output
+
+
+class Graphs:
+    """The graphs of one decoder, the last used of them."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def takes(self, call: dict[str, Any]) -> bool:
+        """Whether the decoder's call, on compact rows, can be replayed."""
+        attend: FoldedAttention = call[KEYWORD]
+        return (
+            call["input_ids"].is_cuda
+            and attend.fold.num_rows <= MAX_ROWS
+            and attend.copies is None
+            and attend.backend in (None, "tree")
+            and not call["use_cache"]
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cuda")
+        )
+
+    def run(self, forward: Callable[..., ModelOutput], decoder: nn.Module, call: dict[str, Any]) -> ModelOutput:
+        """Replay the graph of this call's shape, captured first where there is none.
+
+        Raises UnsupportedModelError where the decoder cannot be captured.
+        """
+        options = tuple(sorted((name, value) for name, value in call.items() if isinstance(value, (bool, int, str))))
+        weights = tuple(parameter.data_ptr() for parameter in decoder.parameters())
+        key = (call["input_ids"].shape[1], options, weights)
+        # Memory made in inference mode could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if key not in self.graphs:
+                try:
+                    self.graphs[key] = Graph(forward, call, self.pool)
+                except RuntimeError as error:
+                    name = type(decoder).__name__
+                    raise UnsupportedModelError(f"{name} cannot be captured as a CUDA graph: {error}") from error
+                if len(self.graphs) > MAX_GRAPHS:
+                    self.graphs.popitem(last=False)
+            self.graphs.move_to_end(key)
+            return self.graphs[key].replay(call)

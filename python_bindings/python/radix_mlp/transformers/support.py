@@ -1,0 +1,90 @@
+"""Which models can be folded, and why others cannot."""
+
+import inspect
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# Model types for which the tests compare every fold level with the plain model.
+PROVEN = frozenset(
+    {"qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "qwen3_moe", "gpt_neox"}
+)
+FOLDED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class UnsupportedModelError(ValueError):
+    """Folding this model would give other numbers than the model itself: the message says why."""
+
+
+def find_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that `model` is or wraps (SentenceTransformer, CrossEncoder, PEFT, compiled)."""
+    found: list[PreTrainedModel] = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not any(module in set(outer.modules()) for outer in found):
+            found.append(module)
+    if len(found) != 1:
+        names = ", ".join(type(module).__name__ for module in found) or "none"
+        raise UnsupportedModelError(f"{type(model).__name__} must hold one transformers model, found {names}")
+    return found[0]
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError where `model` is known not to be a causal decoder that can be folded."""
+    if reason := _reason(model):
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be folded: {reason}")
+
+
+def refuse_dropout(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError where a dropout layer of `model` is active."""
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be folded with active dropout: copies of a token would draw different "
+                f"masks, and {name} has p={module.p}. Set it to 0 or call model.eval()"
+            )
+
+
+def has_rotary_positions(model: PreTrainedModel) -> bool:
+    """Whether only differences of positions matter, so that padding on the left may be left out of them."""
+    return any("rotary" in type(module).__name__.lower() for module in model.modules())
+
+
+def _reason(model: PreTrainedModel) -> str | None:
+    config = model.config
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, whose encoder is bidirectional"
+    if config.get_text_config() is not config:
+        return "it is multimodal, and what stands for an image is not told by token ids. Fold its language model"
+    layers = set(getattr(config, "layer_types", None) or ()) - FOLDED_LAYERS
+    if layers:
+        return f"it has layers of {', '.join(sorted(layers))}, whose state is not that of attention over a path"
+    if getattr(model, "_is_stateful", False):
+        return "it is recurrent: its state is not that of attention over a path"
+    if _alibi(model):
+        return "it has ALiBi, a bias by distance that folded attention does not compute"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return "it has attention sinks, which folded attention does not compute"
+    if _bidirectional(model):
+        return "its attention is bidirectional: what a token sees differs between its copies"
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return "it has convolutions, which mix neighbours outside attention"
+    if not model._supports_attention_backend:
+        return "it does not call attention through transformers' attention interface"
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+        return "it takes no position_ids: the rows of the folded batch would get positions of their own"
+    return None
+
+
+def _alibi(model: PreTrainedModel) -> bool:
+    config = model.config
+    nested = getattr(config, "attn_config", None)
+    flags = [getattr(config, "alibi", False), getattr(nested, "alibi", False), config.model_type == "bloom"]
+    return any(map(bool, flags)) or getattr(config, "position_embedding_type", None) == "alibi"
+
+
+def _bidirectional(model: PreTrainedModel) -> bool:
+    flags = [getattr(model.config, name, None) for name in ("use_bidirectional_attention",)]
+    causal = [getattr(module, "is_causal", True) for module in model.modules()]
+    return any(map(bool, flags)) or getattr(model.config, "is_causal", True) is False or False in causal
