@@ -31,7 +31,8 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
     decisions = {
         "float32": decide(states(precise.float(), kept, 1), model, kept, pairs=pairs),
         "none": decide(folded_states(model, kept, "none", len(kept)), model, kept, pairs=pairs),
-        "none, half a batch": decide(folded_states(model, kept, "none", chunk), model, kept, pairs=pairs),
+        "half a batch": decide(folded_states(model, kept, "none", chunk), model, kept, pairs=pairs),
+        "one at a time": decide(folded_states(model, kept, "none", 1), model, kept, pairs=pairs),
         "full": decide(folded_states(model, kept, "full", len(kept)), model, kept, pairs=pairs),
     }
 
@@ -45,7 +46,8 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
         "sequences": len(kept),
         "tokens": sum(map(len, kept)),
         "full from none": differ("full", "none"),
-        "half a batch from none": differ("none, half a batch", "none"),
+        "half a batch from none": differ("half a batch", "none"),
+        "one at a time from none": differ("one at a time", "none"),
         "none from float32": differ("none", "float32"),
         "full from float32": differ("full", "float32"),
     }

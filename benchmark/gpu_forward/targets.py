@@ -44,11 +44,12 @@ def flip_targets(flips: list[Row]) -> list[dict[str, Any]]:
         of_kind = [row for row in flips if kind in row["full from none"]]
         if not of_kind:
             continue
-        full, half = (
-            sum(row[f"{name} from none"][kind] for row in of_kind) / len(of_kind) for name in ("full", "half a batch")
+        full, half, one = (
+            sum(row[f"{name} from none"][kind] for row in of_kind) / len(of_kind)
+            for name in ("full", "half a batch", "one at a time")
         )
-        text = f"mean share of flipped decisions ({kind}) ≤ that of half a batch at a time, {half:.5f}"
-        result.append({"target": text, "value": round(full, 5), "met": full <= half})
+        text = f"mean share of decisions ({kind}) that flip ≤ with half a batch {half:.5f} or one at a time {one:.5f}"
+        result.append({"target": text, "value": round(full, 5), "met": full <= max(half, one)})
     return result
 
 

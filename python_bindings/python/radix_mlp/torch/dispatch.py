@@ -31,8 +31,8 @@ def attention(
 
     `q` is [rows, heads, head_dim], `k` and `v` are [rows, key heads, head_dim] in the fold's compact
     space, with rotary embeddings applied; the result has the rows, heads and dtype of `q` and the
-    head_dim of `v`, and is differentiable. Heads are a multiple of key heads (grouped-query attention, arXiv 2305.13245).
-    What padding rows give means nothing.
+    head_dim of `v`, and is differentiable. Heads are a multiple of key heads (grouped-query
+    attention, arXiv 2305.13245). What padding rows give means nothing.
 
     `scale` multiplies the scores, head_dim ** -0.5 by default. `softcap` c turns a score s into
     c * tanh(s / c) (Gemma 2, arXiv 2408.00118). `window` w limits a row to the last w rows of its
@@ -80,6 +80,8 @@ def pick_backend(
 
     What it costs is read off the fold, with the constants of benchmark/results/gpu_attention.json.
     """
+    if q.device.type != "cuda":
+        return "sequential"
     tree = not _unsupported("tree", q, k, v, fold, softcap)
     folded = not _unsupported("query_folded", q, k, v, fold, softcap)
     if not tree or not folded:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,11 +72,11 @@ def pack_call(
     position_ids: Tensor | None,
     cu_seq_lengths: Tensor | None,
     *,
-    rotary: bool,
+    count_padding: bool,
 ) -> Packed:
     """Read a call's arguments on the host, in one copy from an accelerator.
 
-    `rotary` says that positions matter by their differences only: padding on the left then counts for none.
+    Where there are no `position_ids`, tokens count from 0, from the row's start with `count_padding`.
 
     Raises ValueError for arguments that do not go together, TypeError for what are not integers.
     """
@@ -93,21 +94,19 @@ def pack_call(
     if cu_seq_lengths is not None:
         parts["cu_seq_lengths"] = cu_seq_lengths.to(ids.device)
     elif attention_mask is not None:
-        parts["spans"] = _spans(_like_ids("attention_mask", attention_mask, ids))
+        parts["spans"] = _spans(_like_ids("attention_mask", attention_mask, ids).bool())
     host = _to_host(parts)
     sequences, length = ids.shape
     starts, lengths = _sequences(host, sequences, length)
-    slices = [slice(start, start + count) for start, count in zip(starts.tolist(), lengths.tolist(), strict=True)]
     if position_ids is not None:
-        positions = _join([host["position_ids"][each] for each in slices])
+        positions = unsigned("position_ids", _join(host["position_ids"], starts, lengths))
     else:
-        count = np.arange(length, dtype=np.int32)
-        first = np.zeros_like(starts) if rotary or cu_seq_lengths is not None else starts % max(length, 1)
-        pairs = zip(first.tolist(), lengths.tolist(), strict=True)
-        positions = _join([count[begin : begin + size] for begin, size in pairs])
+        count = np.arange(length, dtype=np.uint32)
+        first = starts % max(length, 1) if count_padding and cu_seq_lengths is None else np.zeros_like(starts)
+        positions = _join(count, first, lengths)
     return Packed(
-        unsigned("input_ids", _join([host["input_ids"][each] for each in slices])),
-        unsigned("position_ids", positions),
+        unsigned("input_ids", _join(host["input_ids"], starts, lengths)),
+        positions,
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         starts,
         (sequences, length),
@@ -124,31 +123,35 @@ def _like_ids(name: str, values: Tensor, ids: Tensor) -> Tensor:
 
 def _spans(mask: Tensor) -> Tensor:
     """Of each row of `mask`: where its ones start, where they end, and how many they are, [3, sequences]."""
-    kept = mask.bool()
-    lengths = kept.sum(1)
+    if mask.shape[1] == 0:
+        return torch.zeros(3, len(mask), dtype=torch.int64, device=mask.device)
     # The index of a largest value is that of the first of them.
-    first = kept.byte().argmax(1) if mask.shape[1] else lengths
-    last = mask.shape[1] - kept.flip(1).byte().argmax(1) if mask.shape[1] else lengths
-    return torch.stack([first, last, lengths])
+    if mask.is_cuda:
+        kept = mask.byte()
+        return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), mask.sum(1)])
+    # NumPy stops at the first, and counts bits faster.
+    bits = mask.numpy()
+    spans = [bits.argmax(1), mask.shape[1] - bits[:, ::-1].argmax(1), np.count_nonzero(bits, axis=1)]
+    return torch.from_numpy(np.stack(spans))
 
 
-def _to_host(parts: dict[str, Tensor]) -> dict[str, Int32]:
-    """Tensors of integers of one device, flat, in one copy."""
+def _to_host(parts: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Tensors of integers of one device, flat; from an accelerator as int32, in one copy."""
     for name, tensor in parts.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    flat = [tensor.flatten() for tensor in parts.values()]
+    if not flat[0].is_cuda:
+        return {name: tensor.numpy() for name, tensor in zip(parts, flat, strict=True)}
     # What int32 cannot hold must not wrap around to what a model has an embedding for.
     limit = torch.iinfo(torch.int32)
-    flat = [tensor.flatten().clamp(limit.min, limit.max).to(torch.int32) for tensor in parts.values()]
-    packed = torch.cat(flat)
-    if packed.is_cuda:
-        pinned = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
-        packed = pinned.copy_(packed)
-    pieces = torch.split(packed, [tensor.numel() for tensor in flat])
+    packed = torch.cat([tensor.clamp(limit.min, limit.max).to(torch.int32) for tensor in flat])
+    pinned = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True).copy_(packed)
+    pieces = torch.split(pinned, [tensor.numel() for tensor in flat])
     return {name: piece.numpy() for name, piece in zip(parts, pieces, strict=True)}
 
 
-def _sequences(host: dict[str, Int32], rows: int, length: int) -> tuple[Int64, Int64]:
+def _sequences(host: dict[str, NDArray[Any]], rows: int, length: int) -> tuple[Int64, Int64]:
     """Where each sequence starts in the flattened input, and how many tokens it has."""
     if "cu_seq_lengths" in host:
         bounds = host["cu_seq_lengths"].astype(np.int64)
@@ -176,8 +179,12 @@ def _sequences(host: dict[str, Int32], rows: int, length: int) -> tuple[Int64, I
     return begin, np.full(rows, length, np.int64)
 
 
-def _join(parts: list[Int32]) -> Int32:
-    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+def _join(values: NDArray[Any], starts: Int64, lengths: Int64) -> NDArray[Any]:
+    """The slices `starts[s]:starts[s] + lengths[s]` of `values`, one after another."""
+    if lengths.sum() == len(values) and (starts[1:] == starts[:-1] + lengths[:-1]).all():
+        return values
+    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return np.concatenate([values[:0], *(values[start : start + length] for start, length in pairs)])
 
 
 def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_of: int | None = None) -> Batch:

@@ -20,8 +20,8 @@ from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unf
 from radix_mlp.transformers.support import (
     PROVEN,
     UnsupportedModelError,
+    counts_padding,
     find_model,
-    has_rotary_positions,
     refuse_dropout,
     refuse_unsupported,
 )
@@ -122,7 +122,7 @@ class Folding:
     def __init__(self, model: PreTrainedModel, level: Level, backend: Backend | None, *, cuda_graphs: bool) -> None:
         self.model, self.decoder = model, cast("PreTrainedModel", model.base_model)
         self.level, self.backend = level, backend
-        self.rotary = has_rotary_positions(model)
+        self.count_padding = counts_padding(model)
         self.layers: int = model.config.num_hidden_layers
         self.graphs: Graphs | None = None
         self.row_multiple: int | None = None
@@ -213,7 +213,7 @@ class Folding:
             rest.pop("attention_mask", None),
             rest.pop("position_ids", None),
             bounds,
-            rotary=self.rotary,
+            count_padding=self.count_padding,
         )
         embeddings = next(self.decoder.get_input_embeddings().parameters())
         batch = fold_call(packed, self.level, embeddings.device, self.row_multiple)
@@ -258,7 +258,8 @@ class Folding:
     def _check_layers(self, attend: FoldedAttention) -> None:
         """Every layer must have attended through the fold, and a window must have reached one of them."""
         name = type(self.model).__name__
-        if attend.calls != self.layers:
+        # Some layers attend twice.
+        if attend.calls == 0 or attend.calls % self.layers:
             raise UnsupportedModelError(
                 f"{name} cannot be folded: {attend.calls} of its {self.layers} layers attended through "
                 "transformers' attention interface"

@@ -62,7 +62,11 @@ class GraphAttention:
 class Graph:
     """One capture of the decoder, for batches of as many rows as that of `call`."""
 
-    def __init__(self, forward: Callable[..., ModelOutput], call: dict[str, Any], pool: Any) -> None:
+    def __init__(
+        self, forward: Callable[..., ModelOutput], decoder: nn.Module, call: dict[str, Any], pool: Any
+    ) -> None:
+        held = [module._parameters for module in decoder.modules()]
+        self.weights = [(own, name, p, p.data_ptr()) for own in held for name, p in own.items() if p is not None]
         self.attend = GraphAttention(call[KEYWORD].fold)
         self.inputs = {name: call[name].clone() for name in ("input_ids", "position_ids")}
         arguments = {**call, **self.inputs, KEYWORD: self.attend}
@@ -76,6 +80,10 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             self.output = forward(**arguments)
+
+    def is_current(self) -> bool:
+        """Whether the weights still are those that were captured, where they were."""
+        return all(own[name] is p and p.data_ptr() == address for own, name, p, address in self.weights)
 
     def replay(self, call: dict[str, Any]) -> ModelOutput:
         """The outputs, in memory that the next replay overwrites."""
@@ -114,13 +122,14 @@ class Graphs:
         Raises UnsupportedModelError where the decoder cannot be captured.
         """
         options = tuple(sorted((name, value) for name, value in call.items() if isinstance(value, (bool, int, str))))
-        weights = tuple(parameter.data_ptr() for parameter in decoder.parameters())
-        key = (call["input_ids"].shape[1], options, weights)
+        key = (call["input_ids"].shape[1], options)
+        if key in self.graphs and not self.graphs[key].is_current():
+            del self.graphs[key]
         # Memory made in inference mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             if key not in self.graphs:
                 try:
-                    self.graphs[key] = Graph(forward, call, self.pool)
+                    self.graphs[key] = Graph(forward, decoder, call, self.pool)
                 except RuntimeError as error:
                     name = type(decoder).__name__
                     raise UnsupportedModelError(f"{name} cannot be captured as a CUDA graph: {error}") from error

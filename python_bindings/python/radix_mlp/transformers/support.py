@@ -7,9 +7,21 @@ from transformers import PreTrainedModel
 
 # Model types for which the tests compare every fold level with the plain model.
 PROVEN = frozenset(
-    {"qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "qwen3_moe", "gpt_neox"}
+    """
+    afmoe apertus arcee bitnet cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5
+    ernie4_5_moe exaone4 flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt2
+    gpt_bigcode gpt_neox granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe jetmoe llama minicpm3
+    minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder nanochat olmo olmo2 olmo3 olmoe opt
+    persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2 vaultgemma
+    """.split()  # noqa: SIM905
 )
 FOLDED_LAYERS = {"full_attention", "sliding_attention"}
+# With rotary embeddings, but norms behind them or a scale by position.
+ABSOLUTE = {"hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"}
+# With windows that attention is not told of.
+WINDOW_IN_MASK = {"phimoe"}
+# With learned positions that the model counts from the attention mask.
+COUNTED_BY_MASK = {"opt"}
 
 
 class UnsupportedModelError(ValueError):
@@ -46,9 +58,15 @@ def refuse_dropout(model: PreTrainedModel) -> None:
             )
 
 
-def has_rotary_positions(model: PreTrainedModel) -> bool:
-    """Whether only differences of positions matter, so that padding on the left may be left out of them."""
-    return any("rotary" in type(module).__name__.lower() for module in model.modules())
+def counts_padding(model: PreTrainedModel) -> bool:
+    """Whether padding on the left, without position_ids, moves positions that `model` sees as such.
+
+    Where only their differences matter, as with rotary embeddings, it may be left out of them.
+    """
+    if model.config.model_type in ABSOLUTE:
+        return True
+    rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
+    return not rotary and model.config.model_type not in COUNTED_BY_MASK
 
 
 def _reason(model: PreTrainedModel) -> str | None:
@@ -64,6 +82,8 @@ def _reason(model: PreTrainedModel) -> str | None:
         return "it is recurrent: its state is not that of attention over a path"
     if _alibi(model):
         return "it has ALiBi, a bias by distance that folded attention does not compute"
+    if config.model_type in WINDOW_IN_MASK and config.sliding_window is not None:
+        return f"it does not tell attention its sliding window of {config.sliding_window}"
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "it has attention sinks, which folded attention does not compute"
     if _bidirectional(model):
