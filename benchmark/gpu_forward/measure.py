@@ -51,7 +51,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = 8000
 # A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
 MAX_SECONDS = 10
-MIN_ROUNDS = 3
+MIN_ROUNDS = 2
 
 Call = Callable[[], Tensor]
 

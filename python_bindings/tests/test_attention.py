@@ -200,3 +200,22 @@ def test_mixed_dtypes_are_refused() -> None:
     q = torch.zeros(2, 1, 8)
     with pytest.raises(ValueError, match=r"v is torch.float16 on cpu, but q is torch.float32"):
         attention(q, q, q.half(), fold)
+
+
+@needs_cuda
+def test_a_new_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    draw = np.random.default_rng(1).integers
+    sizes = [(3, 40, 9), (5, 101, 64), (2, 1, 1), (9, 300, 17), (4, 64, 63)]
+    compiled: list[int] = []
+    for count, prefix, suffix in sizes:
+        shared = draw(0, 9, prefix).tolist()
+        tries = [shared + draw(0, 9, suffix).tolist() for _ in range(count)]
+        fold = Fold.from_sequences(tries, layout="depth_first")
+        q, k, v = tensors(fold, 4, 2, 64, torch.bfloat16)
+        out = attention(q, k, v, fold, backend="tree")
+        torch.autograd.grad(out.sum(), (q, k, v))
+        # From the second batch on.
+        monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
+    assert not compiled

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch.fold import pack
+from radix_mlp.torch.fold import pack, packed_size, sections
 from radix_mlp.torch.tree import tree_attention
 from radix_mlp.torch.tree_mask import TreeMask, forward_tiles, tree_arrays
 from radix_mlp.transformers.attention import KEYWORD, FoldedAttention
@@ -48,9 +48,8 @@ class GraphAttention:
         # Every query block may come to see every key block.
         sizes = {name: len(array) for name, array in arrays.items()}
         sizes["blocks"] = (len(arrays["full"]) - 1) * -(-len(q) // tiles.key_block)
-        memory = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=q.device)
-        parts = dict(zip(sizes, torch.split(memory, list(sizes.values())), strict=True))
-        self.masks[window] = (TreeMask(tiles, window, **parts), memory, group)
+        memory = torch.zeros(packed_size(sizes.values()), dtype=torch.int32, device=q.device)
+        self.masks[window] = (TreeMask(tiles, window, **sections(memory, sizes)), memory, group)
         self.load(self.fold)
 
     def load(self, fold: Fold) -> None:
