@@ -5,7 +5,7 @@ use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pyclass::{PyClass, boolean_struct::True};
-use radix_mlp::{FoldError, Layout};
+use radix_mlp::{Budget, FoldError, Layout};
 
 type Array<'py, T = u32> = Bound<'py, PyArray1<T>>;
 
@@ -74,6 +74,32 @@ fn compute_fold_and_scatter<'py>(
         scatter_indices.into_pyarray(py),
         fold_gather.into_pyarray(py),
     ))
+}
+
+#[pyfunction]
+#[pyo3(signature = (input_ids, offsets, budget, unique))]
+fn plan_batches(
+    py: Python<'_>,
+    input_ids: PyReadonlyArray1<'_, u32>,
+    offsets: Vec<usize>,
+    budget: i64,
+    unique: bool,
+) -> PyResult<Vec<Vec<usize>>> {
+    let tokens = rows("budget", budget)?;
+    let budget = if unique {
+        Budget::UniqueTokens(tokens)
+    } else {
+        Budget::Tokens(tokens)
+    };
+    let input_ids = input_ids.as_slice()?;
+    let sequences: Option<Vec<&[u32]>> = offsets
+        .windows(2)
+        .map(|ends| input_ids.get(ends[0]..ends[1]))
+        .collect();
+    let sequences =
+        sequences.ok_or_else(|| PyValueError::new_err("offsets do not lie within input_ids"))?;
+    let plan = py.detach(|| radix_mlp::plan_batches(&sequences, budget));
+    Ok(plan.into_iter().map(|batch| batch.sequences).collect())
 }
 
 #[pyclass(frozen, subclass)]
@@ -233,7 +259,7 @@ impl BlockMask {
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{BlockMask, Fold, compute_fold_and_scatter};
+    use super::{BlockMask, Fold, compute_fold_and_scatter, plan_batches};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -15,6 +15,7 @@ def compute_fold_and_scatter(
     cu_seq_lengths: NDArray[np.uint32],
     pad_multiple_of: int | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]: ...
+def plan_batches(input_ids: NDArray[np.uint32], offsets: list[int], budget: int, unique: bool) -> list[list[int]]: ...
 
 class Fold:
     def __new__(

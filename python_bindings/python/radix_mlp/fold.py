@@ -103,10 +103,7 @@ class Fold(_core.Fold):
         salts: Ids | None = None,
     ) -> Self:
         """Fold sequences of token ids, each at positions 0, 1, 2 and so on."""
-        named = to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
-        rows = [unsigned(name, ids) for name, ids in named.items()]
-        offsets = _offsets([len(row) for row in rows])
-        input_ids: Any = np.concatenate(rows) if rows else []
+        input_ids, offsets = packed(sequences)
         positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         return cls(
             input_ids,
@@ -221,6 +218,13 @@ class Fold(_core.Fold):
             f"nodes={self.num_nodes}{rows}, compression={self.compression:.2f}, "
             f"layout={self.layout!r})"
         )
+
+
+def packed(sequences: Sequence[Ids]) -> tuple[UInt32, NDArray[np.int64]]:
+    """The ids of all sequences, one after another, and the offsets [sequences + 1] of each."""
+    named = to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
+    rows = [unsigned(name, ids) for name, ids in named.items()]
+    return np.concatenate(rows) if rows else np.empty(0, np.uint32), _offsets([len(row) for row in rows])
 
 
 def _call(core: Callable[..., T], batch: tuple[Ids, Ids, Ids], *options: Any) -> T:

@@ -71,7 +71,7 @@ def fold(model: Module, *, level: Level = "full", backend: Backend | None = None
     target = find_model(model)
     if level not in get_args(Level):
         raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
-    if hasattr(target, ATTRIBUTE):
+    if is_folded(target):
         raise ValueError(f"{type(target).__name__} is folded already: unfold it first")
     refuse_unsupported(target)
     Folding(target, level, backend, cuda_graphs=cuda_graphs)
@@ -92,6 +92,11 @@ def unfold(model: Module) -> Module:
         raise ValueError(f"{type(target).__name__} is not folded")
     folding.remove()
     return model
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether the transformers model that `model` is or holds folds its batches."""
+    return hasattr(find_model(model), ATTRIBUTE)
 
 
 @contextmanager

@@ -1,0 +1,107 @@
+"""Encodes and ranks with sentence-transformers, folded. Importing this imports sentence-transformers.
+
+Its own `encode` and `predict` sort texts by length, which parts those that share a prefix. Here batches are planned
+by what their texts share: an instruction before every text, a query before every document.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from tqdm.auto import tqdm
+
+from radix_mlp.batching import plan_batches
+from radix_mlp.torch.sampler import restore_order
+from radix_mlp.transformers import folded, is_folded
+
+# Of one planned batch: as many as keep a GPU busy with a small model.
+UNIQUE_TOKENS = 16_384
+# Inputs that are tokenised at once for the plan.
+CHUNK = 256
+
+
+def encode(
+    model: SentenceTransformer,
+    inputs: Sequence[Any],
+    *,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    unique_tokens: int = UNIQUE_TOKENS,
+    show_progress_bar: bool | None = None,
+    **options: Any,
+) -> Any:
+    """`model.encode(inputs, ...)` with what the inputs share computed once.
+
+    The model is folded for the call, unless it is folded already. Batches hold at most `unique_tokens` different
+    tokens, so there is no batch_size; the other `options` are those of `SentenceTransformer.encode`, and so are the
+    results, in the order of `inputs`. A progress bar shows on a terminal, or where `show_progress_bar` says so.
+
+    Raises `radix_mlp.transformers.UnsupportedModelError` for a model that cannot be folded.
+    """
+    own = {"prompt_name": prompt_name, "prompt": prompt}
+    name = prompt_name or model.default_prompt_name
+    shared = prompt if prompt is not None else model.prompts.get(name) if name else None
+    return _in_planned_batches(model.encode, model, inputs, shared, unique_tokens, show_progress_bar, own | options)
+
+
+def predict(
+    model: CrossEncoder,
+    inputs: Sequence[Any],
+    *,
+    prompt: str | None = None,
+    unique_tokens: int = UNIQUE_TOKENS,
+    show_progress_bar: bool | None = None,
+    **options: Any,
+) -> Any:
+    """`model.predict(inputs, ...)` of pairs of texts with what they share computed once: as `encode` does."""
+    own = {} if prompt is None else {"prompt": prompt}
+    name = model.default_prompt_name
+    shared = prompt if prompt is not None else model.prompts.get(name) if name else None
+    return _in_planned_batches(model.predict, model, inputs, shared, unique_tokens, show_progress_bar, own | options)
+
+
+def _in_planned_batches(
+    run: Callable[..., Any],
+    model: SentenceTransformer | CrossEncoder,
+    inputs: Sequence[Any],
+    prompt: str | None,
+    unique_tokens: int,
+    show_progress_bar: bool | None,
+    options: dict[str, Any],
+) -> Any:
+    if isinstance(inputs, str) or not len(inputs):
+        raise ValueError(f"inputs must be a list of at least one text or pair, got {inputs!r}")
+    plan = plan_batches(_token_ids(model, inputs, prompt), unique_tokens=unique_tokens)
+    # Disabled by None, tqdm shows on a terminal only.
+    hidden = None if show_progress_bar is None else not show_progress_bar
+    parts = []
+    with (
+        nullcontext() if is_folded(model) else folded(model),
+        tqdm(total=len(inputs), desc="Folded batches", unit="text", disable=hidden) as bar,
+    ):
+        for batch in plan:
+            own = [inputs[i] for i in batch]
+            parts.append(run(own, batch_size=len(own), show_progress_bar=False, **options))
+            bar.update(len(batch))
+    return restore_order(_join(parts), plan)
+
+
+def _token_ids(model: Any, inputs: Sequence[Any], prompt: str | None) -> list[Any]:
+    """The tokens of each input as the model reads it."""
+    ids: list[Any] = []
+    for start in range(0, len(inputs), CHUNK):
+        features = model.preprocess(list(inputs[start : start + CHUNK]), prompt=prompt)
+        pairs = zip(features["input_ids"].numpy(), features["attention_mask"].numpy().astype(bool), strict=True)
+        ids += [row[mask] for row, mask in pairs]
+    return ids
+
+
+def _join(parts: list[Any]) -> Any:
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [value for part in parts for value in part]
