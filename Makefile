@@ -7,7 +7,7 @@ FEATURES := --features radix_mlp/cli
 # nextest where it is installed, plain `cargo test` elsewhere.
 RUST_TESTS := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test --tests --bins --lib)
 
-.PHONY: demo test lint rust-test doc python-test python bench fuzz clean
+.PHONY: demo test lint rust-test doc python-test python bench bench-gpu fuzz clean
 
 demo:
 	cargo run --release --quiet -p radix_mlp --features cli -- demo
@@ -49,6 +49,14 @@ bench: python
 	cargo bench -p radix_mlp --bench fold
 	$(BIN)/python benchmark/fold_vs_published.py
 	$(BIN)/python benchmark/cpu_forward/run.py
+
+# The same on a CUDA GPU, an H200 for the committed results.
+bench-gpu: python
+	$(BIN)/python benchmark/gpu_forward/batches.py
+	$(BIN)/python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
+	$(BIN)/python benchmark/gpu_forward/plot.py
+	$(BIN)/python benchmark/gpu_attention/measure.py --batches-file target/gpu_batches.json
+	$(BIN)/python benchmark/gpu_attention/measure.py --plot
 
 # Needs a nightly toolchain and `cargo install cargo-fuzz`.
 fuzz:

@@ -111,7 +111,7 @@ def warm_up(calls: dict[str, Call]) -> tuple[dict[str, float], dict[str, str], d
         except (torch.OutOfMemoryError, UnsupportedModelError) as error:
             skipped[name] = str(error).split(". ")[0]
             del calls[name]
-        release()
+            release()
     return peaks, skipped, states
 
 

@@ -7,13 +7,13 @@ import pytest
 
 import radix_mlp
 
-BLOCK_TORCH = """
+BLOCK = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers"):
-            raise ImportError(f"{name} is blocked")
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(name + " is blocked")
 
 sys.meta_path.insert(0, Blocker())
 """
@@ -42,8 +42,26 @@ for use in (lambda: radix_mlp.compute_fold_and_scatter_torch, fold.tensors):
     except ImportError as error:
         print(error)
 """
-    printed = run(BLOCK_TORCH + code).splitlines()
+    printed = run(BLOCK.format(blocked=("torch", "transformers")) + code).splitlines()
     assert printed == ["[1, 2, 3, 1, 2, 4]", "torch is blocked", "torch is blocked"]
+
+
+def test_attends_without_transformers() -> None:
+    code = """
+import torch
+from radix_mlp import Fold
+from radix_mlp.torch import attention
+q = torch.randn(4, 2, 8)
+print(attention(q, q, q, Fold.from_sequences([[1, 2, 3], [1, 2, 4]])).shape)
+for module in ("transformers", "sentence_transformers"):
+    try:
+        __import__("radix_mlp." + module)
+    except ImportError as error:
+        print(error)
+"""
+    printed = run(BLOCK.format(blocked=("transformers", "sentence_transformers")) + code).splitlines()
+    blocked = ["transformers is blocked", "sentence_transformers is blocked"]
+    assert printed == ["torch.Size([4, 2, 8])", *blocked]
 
 
 def test_unknown_names_are_attribute_errors() -> None:

@@ -17,8 +17,7 @@ from models import FAMILIES, LEVELS, README, REFUSED, Family, Options, Refused, 
 from radix_mlp.transformers import UnsupportedModelError, fold, folded
 from radix_mlp.transformers.support import PROVEN
 
-# Without a GPU, Triton would interpret its kernels, which takes minutes for all these models: test_attention.py does.
-DEVICE, BACKEND = ("cuda", None) if torch.cuda.is_available() else ("cpu", "sequential")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST = 12
 # Of the largest activation, in f32: sums over other numbers of rows run in another order. Transformers'
 # own padded and unpadded batches differ by up to 2e-6 on these models.
@@ -129,7 +128,7 @@ def test_folded_equals_plain(pair: Pair, level: str, sequences: Sequences, side:
         # What transformers' own `generate` passes: without it, learned positions count padding on the left.
         batch["position_ids"] = (kept.cumsum(1) - 1).clamp(min=0)
     expected = outputs(pair.plain, None, **batch)
-    computed = outputs(pair.folded, {"level": level, "backend": BACKEND}, **batch)
+    computed = outputs(pair.folded, {"level": level}, **batch)
     for one, other in zip(computed, expected, strict=True):
         assert_close(one, other, kept)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from radix_mlp.batching import plan_batches
 from radix_mlp.torch.sampler import restore_order

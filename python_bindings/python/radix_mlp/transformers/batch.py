@@ -11,7 +11,7 @@ from torch import Tensor
 
 from radix_mlp._host import unsigned
 from radix_mlp.fold import Fold
-from radix_mlp.torch.fold import to_device
+from radix_mlp.torch.fold import packed_size, sections
 from radix_mlp.transformers.attention import Level
 
 Int32 = NDArray[np.int32]
@@ -193,14 +193,16 @@ def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_o
     own = np.arange(len(packed.starts))
     fold = folded(pad_multiple_of=pad_multiple_of, salts=own if level == "none" else None)
     copies = folded(salts=own) if level == "mlp" else None
-    places = torch.empty(packed.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-    index: Int32 = places.numpy()
-    flat = index.reshape(-1)
-    flat.fill(fold.num_rows)
-    scatter = fold.scatter_indices
-    bounds = packed.offsets.tolist()
+    sequences, length = packed.shape
+    sizes = {"places": sequences * length, "input_ids": fold.num_rows, "position_ids": fold.num_rows}
+    host = torch.empty(packed_size(sizes.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
+    arrays: dict[str, Int32] = {name: part.numpy() for name, part in sections(host, sizes).items()}
+    arrays["input_ids"][:], arrays["position_ids"][:] = fold.input_ids, fold.position_ids
+    index = arrays["places"]
+    index.fill(fold.num_rows)
+    scatter, bounds = fold.scatter_indices, packed.offsets.tolist()
     for start, begin, end in zip(packed.starts.tolist(), bounds, bounds[1:], strict=False):
-        flat[start : start + end - begin] = scatter[begin:end]
-    inputs = to_device({"input_ids": fold.input_ids, "position_ids": fold.position_ids}, device)
-    rows = {name: tensor.long().unsqueeze(0) for name, tensor in inputs.items()}
-    return Batch(packed, fold, copies, index, places.view(-1).to(device, non_blocking=True), rows)
+        index[start : start + end - begin] = scatter[begin:end]
+    tensors = sections(host.to(device, non_blocking=True), sizes)
+    inputs = {name: tensors[name].long().unsqueeze(0) for name in ("input_ids", "position_ids")}
+    return Batch(packed, fold, copies, index.reshape(packed.shape), tensors["places"], inputs)
