@@ -1,0 +1,300 @@
+"""The language-modelling loss on the trie: logits once a node, however many labels follow it.
+
+At a branch point a node has several labels, and below a shared prefix a label counts as often as sequences have it.
+With z the logits of node j, lse their logsumexp and w the weights of the tokens that are copies of j,
+
+    loss_j = sum_i w_i (lse - z[label_i]),
+    d loss_j / dz = (sum_i w_i) softmax(z) - sum_i w_i onehot(label_i):
+
+one row of logits and one of gradients for each node, exactly what the copies would have added up to. Logits exist for
+one chunk of rows at a time.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radix_mlp._host import to_host
+from radix_mlp.fold import Fold
+
+# Logits held at once: 1 GiB in float32.
+MAX_LOGITS = 1 << 28
+
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: `weight` [vocabulary, hidden], and `bias` [vocabulary] or None.
+
+    Logits are multiplied by `scale` (Cohere, Granite), then capped as `softcap * tanh(logits / softcap)` (Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def cross_entropy(
+    hidden: Tensor,
+    lm_head: Head | Tensor | None,
+    fold: Fold,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The loss of all tokens of the batch, from its compact rows; a scalar of float32, or float64.
+
+    `hidden` is [rows, hidden] and `lm_head` a `Head` or its weight [vocabulary, hidden], or `hidden` is the
+    logits [rows, vocabulary] and `lm_head` None. `labels` [N] are the tokens that should follow each token of original
+    space (`next_token_labels` makes them), `ignore_index` where none counts.
+
+    `weights` [N] and `sequence_weights` [sequences] scale each token's term, as an advantage does; they are
+    constants, through which no gradient flows. "mean" divides the sum by the number of labels that count, whatever
+    their weights. `label_smoothing` is that of torch.nn.functional.cross_entropy; `z_loss` adds that times the square
+    of each logsumexp (PaLM, arXiv 2204.02311).
+
+    Gradients for `hidden` and the head's weight and bias are made with the loss, chunk by chunk, as in Liger-Kernel
+    (arXiv 2410.10989). Raises ValueError for shapes or labels that do not go together.
+    """
+    head = lm_head if isinstance(lm_head, Head) else None if lm_head is None else Head(lm_head)
+    pairs = _pairs(hidden, head, fold, labels, ignore_index)
+    weight = torch.ones(len(pairs.tokens), dtype=_precision(hidden), device=hidden.device)
+    for name, given, size in (
+        ("weights", weights, fold.num_tokens),
+        ("sequence_weights", sequence_weights, fold.num_sequences),
+    ):
+        if given is None:
+            continue
+        if given.shape != (size,):
+            raise ValueError(f"{name} must be [{size}], got shape {tuple(given.shape)}")
+        if given.requires_grad:
+            raise ValueError(f"{name} must not require gradients: they scale the loss as constants")
+        index = pairs.tokens if name == "weights" else pairs.sequences
+        weight *= given.to(hidden.device)[index].to(weight.dtype)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if reduction == "mean":
+        weight /= max(1, len(pairs.tokens))
+    parameters = (None, None) if head is None else (head.weight, head.bias)
+    loss: Tensor = _Loss.apply(hidden, *parameters, head, pairs, weight, label_smoothing, z_loss)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def log_probs(
+    hidden: Tensor, lm_head: Head | Tensor | None, fold: Fold, labels: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    """The log-probability of each label, [N] of float32 or float64, from compact rows; 0 where none counts.
+
+    Arguments are those of `cross_entropy`. Differentiable: the backward pass makes the logits of each chunk again.
+    """
+    head = lm_head if isinstance(lm_head, Head) else None if lm_head is None else Head(lm_head)
+    pairs = _pairs(hidden, head, fold, labels, ignore_index)
+    parameters = (None, None) if head is None else (head.weight, head.bias)
+    counted: Tensor = _LogProbs.apply(hidden, *parameters, head, pairs)  # type: ignore[no-untyped-call]
+    return counted.new_zeros(fold.num_tokens).index_put((pairs.tokens,), counted)
+
+
+def next_token_labels(input_ids: Tensor, cu_seq_lengths: Tensor, ignore_index: int = -100) -> Tensor:
+    """The token after each of `input_ids` [N] in its sequence, `ignore_index` after the last; int64 [N]."""
+    labels = torch.full_like(input_ids, ignore_index, dtype=torch.int64)
+    labels[:-1] = input_ids[1:]
+    ends = cu_seq_lengths[1:].long() - 1
+    labels[ends[ends >= 0]] = ignore_index
+    return labels
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The labels that count: of each its token, its sequence, its row's place in `rows`, and itself, in order of rows.
+
+    `rows` are the rows that predict something, ascending; `bounds[k]` is where the labels of `rows[k]` start.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    sequences: Tensor
+    places: Tensor
+    labels: Tensor
+    bounds: list[int]
+
+
+def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore_index: int) -> _Pairs:
+    vocabulary = hidden.shape[-1] if head is None else len(head.weight)
+    if hidden.ndim != 2 or len(hidden) != fold.num_rows:
+        raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
+    if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
+        raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
+    if labels.shape != (fold.num_tokens,):
+        raise ValueError(f"labels must be [{fold.num_tokens}], got shape {tuple(labels.shape)}")
+    host = to_host({"labels": labels})["labels"]
+    tokens = np.flatnonzero(host != ignore_index)
+    wrong = tokens[(host[tokens] < 0) | (host[tokens] >= vocabulary)]
+    if wrong.size:
+        raise ValueError(f"labels[{wrong[0]}] is {host[wrong[0]]}, which is not in 0..{vocabulary}")
+    rows = fold.scatter_indices[tokens].astype(np.int64)
+    order = np.argsort(rows, kind="stable")
+    tokens, rows = tokens[order], rows[order]
+    present, starts, places = np.unique(rows, return_index=True, return_inverse=True)
+    sequences = np.searchsorted(fold.cu_seq_lengths, tokens, side="right") - 1
+    arrays = {
+        "rows": present,
+        "tokens": tokens,
+        "sequences": sequences,
+        "places": places,
+        "labels": host[tokens].astype(np.int64),
+    }
+    packed = torch.from_numpy(np.concatenate(list(arrays.values()))).to(hidden.device)
+    parts = torch.split(packed, [len(array) for array in arrays.values()])
+    return _Pairs(bounds=[*starts.tolist(), len(tokens)], **dict(zip(arrays, parts, strict=True)))
+
+
+def _precision(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _chunks(pairs: _Pairs, vocabulary: int) -> list[tuple[slice, slice]]:
+    """Slices of rows of at most MAX_LOGITS logits, and of their labels."""
+    step = max(1, MAX_LOGITS // vocabulary)
+    starts = range(0, len(pairs.rows), step)
+    slices = [slice(start, min(start + step, len(pairs.rows))) for start in starts]
+    return [(rows, slice(pairs.bounds[rows.start], pairs.bounds[rows.stop])) for rows in slices]
+
+
+def _logits(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]:
+    """Logits of `hidden` in float32 or float64, and their slope by what the head multiplied, None where it is 1."""
+    if head is None:
+        return hidden.to(_precision(hidden)), None
+    product = hidden @ head.weight.t()
+    if head.bias is not None:
+        product += head.bias
+    logits = product.to(_precision(hidden))
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    if head.softcap is None:
+        return logits, None if head.scale == 1.0 else torch.full(
+            (), head.scale, dtype=logits.dtype, device=logits.device
+        )
+    tanh = torch.tanh(logits / head.softcap)
+    return tanh * head.softcap, (1 - tanh * tanh) * head.scale
+
+
+class _Gradients:
+    """The sums that chunks of logits' gradients add to."""
+
+    def __init__(self, hidden: Tensor, head: Head | None, wanted: tuple[bool, ...]) -> None:
+        """`wanted` tells for hidden, weight and bias whether anybody wants to know."""
+        self.head = head
+        parameters = (None, None) if head is None else (head.weight, head.bias)
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        # Sums over all rows: those of bfloat16 would lose the last of them.
+        self.weight, self.bias = (
+            torch.zeros_like(x, dtype=_precision(hidden)) if x is not None and own else None
+            for x, own in zip(parameters, wanted[1:], strict=True)
+        )
+
+    def add(self, rows: Tensor, states: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
+        """`gradient` [chunk, vocabulary] of the logits of `states` [chunk, hidden], which are `rows` of all."""
+        if slope is not None:
+            gradient = gradient * slope
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        gradient = gradient.to(states.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = gradient if self.head is None else gradient @ self.head.weight
+        if self.weight is not None:
+            self.weight += gradient.t() @ states
+
+    def scaled(self, by: Tensor, *, weight: Any, bias: Any) -> tuple[Tensor | None, ...]:
+        """For hidden, weight and bias, times `by`, in the dtypes of `weight` and `bias`."""
+        return (
+            None if self.hidden is None else self.hidden * by.to(self.hidden.dtype),
+            None if self.weight is None else (self.weight * by).to(weight),
+            None if self.bias is None else (self.bias * by).to(bias),
+        )
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        head: Head | None,
+        pairs: _Pairs,
+        token_weight: Tensor,
+        smoothing: float,
+        z_loss: float,
+    ) -> Tensor:
+        precision = _precision(hidden)
+        wants_gradient = any(ctx.needs_input_grad[:3])
+        gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3]) if wants_gradient else None
+        loss = torch.zeros((), dtype=precision, device=hidden.device)
+        vocabulary = hidden.shape[1] if head is None else len(head.weight)
+        for rows, own in _chunks(pairs, vocabulary):
+            states = hidden[pairs.rows[rows]]
+            logits, slope = _logits(states, head)
+            lse = logits.logsumexp(-1)
+            place, label, w = pairs.places[own] - rows.start, pairs.labels[own], token_weight[own]
+            row_weight = torch.zeros_like(lse).index_add_(0, place, w)
+            loss += (row_weight * (lse + z_loss * lse * lse)).sum() - (1 - smoothing) * (w * logits[place, label]).sum()
+            if smoothing:
+                loss -= smoothing * (row_weight * logits.mean(-1)).sum()
+            if gradients is not None:
+                gradient = (logits - lse[:, None]).exp_().mul_((row_weight * (1 + 2 * z_loss * lse))[:, None])
+                gradient.view(-1).index_add_(0, place * vocabulary + label, w, alpha=smoothing - 1)
+                if smoothing:
+                    gradient -= (row_weight * (smoothing / vocabulary))[:, None]
+                gradients.add(pairs.rows[rows], states, gradient, slope)
+        ctx.gradients = gradients
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in (weight, bias))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias = ctx.dtypes
+        return (*ctx.gradients.scaled(upstream[0], weight=weight, bias=bias), None, None, None, None, None)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head | None, pairs: _Pairs
+    ) -> Tensor:
+        result = torch.empty(len(pairs.tokens), dtype=_precision(hidden), device=hidden.device)
+        vocabulary = hidden.shape[1] if head is None else len(head.weight)
+        for rows, own in _chunks(pairs, vocabulary):
+            logits, _ = _logits(hidden[pairs.rows[rows]], head)
+            place = pairs.places[own] - rows.start
+            result[own] = logits[place, pairs.labels[own]] - logits.logsumexp(-1)[place]
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.head, ctx.pairs = head, pairs
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        head, pairs = ctx.head, ctx.pairs
+        gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
+        vocabulary = hidden.shape[1] if head is None else len(head.weight)
+        for rows, own in _chunks(pairs, vocabulary):
+            states = hidden[pairs.rows[rows]]
+            logits, slope = _logits(states, head)
+            place, label, w = pairs.places[own] - rows.start, pairs.labels[own], upstream[0][own]
+            row_weight = torch.zeros(len(states), dtype=w.dtype, device=w.device).index_add_(0, place, w)
+            gradient = logits.softmax(-1).mul_(-row_weight[:, None])
+            gradient.view(-1).index_add_(0, place * vocabulary + label, w)
+            gradients.add(pairs.rows[rows], states, gradient, slope)
+        one = torch.ones((), dtype=_precision(hidden), device=hidden.device)
+        dtypes = {"weight": None if weight is None else weight.dtype, "bias": None if bias is None else bias.dtype}
+        return (*gradients.scaled(one, **dtypes), None, None)

@@ -1,0 +1,207 @@
+"""The loss on the trie against torch's on every copy's logits."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from radix_mlp import Fold
+from radix_mlp.torch import Head, cross_entropy, log_probs, next_token_labels
+
+# Branches, a repeat, a prefix of another, an empty sequence: nodes with several labels and with none.
+SEQUENCES = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4], [1, 2], [], [6], [1, 2, 5, 7, 8]]
+VOCABULARY, HIDDEN = 11, 6
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+Options = dict[str, Any]
+
+
+def logits_of(hidden: Tensor, head: Head | None) -> Tensor:
+    if head is None:
+        return hidden
+    logits = hidden @ head.weight.t() * head.scale
+    if head.bias is not None:
+        logits = (hidden @ head.weight.t() + head.bias) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def oracle(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, options: Options) -> Tensor:
+    """Each copy's term by itself."""
+    logits = logits_of(fold.unfold(hidden), head)
+    counts = labels != -100
+    terms = functional.cross_entropy(
+        logits, labels, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    terms = terms + options.get("z_loss", 0.0) * logits.logsumexp(-1) ** 2
+    if (weights := options.get("weights")) is not None:
+        terms = terms * weights
+    if (weights := options.get("sequence_weights")) is not None:
+        terms = terms * weights.repeat_interleave(torch.from_numpy(fold.cu_seq_lengths.astype("int64")).diff())
+    total: Tensor = terms[counts].sum()
+    return total / max(1, int(counts.sum())) if options.get("reduction", "mean") == "mean" else total
+
+
+def draw(fold: Fold, dtype: torch.dtype, kind: str) -> tuple[Tensor, Head | None, list[Tensor]]:
+    torch.manual_seed(0)
+    if kind == "logits":
+        logits = torch.randn(fold.num_rows, VOCABULARY, dtype=dtype, requires_grad=True)
+        return logits, None, [logits]
+    hidden = torch.randn(fold.num_rows, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=dtype, requires_grad=True)
+    bias = torch.randn(VOCABULARY, dtype=dtype, requires_grad=True)
+    head = Head(weight, bias, 0.7, 3.0) if kind == "softcap" else Head(weight, bias if kind == "bias" else None)
+    return hidden, head, [hidden, weight, *([bias] if head.bias is not None else [])]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    limit = BOUNDS[expected.dtype] * (1 + expected.abs().amax() if expected.numel() else 0)
+    assert ((found - expected).abs() <= limit).all()
+
+
+def packed(sequences: list[list[int]], layout: Any) -> tuple[Fold, Tensor]:
+    fold = Fold.from_sequences(sequences, layout=layout, pad_multiple_of=4)
+    ids = torch.tensor([token for own in sequences for token in own], dtype=torch.int64)
+    return fold, next_token_labels(ids, torch.from_numpy(fold.cu_seq_lengths.astype("int64")))
+
+
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "label_smoothing": st.sampled_from([0.0, 0.1]),
+        "z_loss": st.sampled_from([0.0, 1e-2]),
+        "reduction": st.sampled_from(["mean", "sum"]),
+        "weights": st.just(True),
+        "sequence_weights": st.just(True),
+    },
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=6), max_size=6) | st.just(SEQUENCES),
+    st.sampled_from(["first_occurrence", "depth_first"]),
+    st.sampled_from(["plain", "bias", "softcap", "logits"]),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.sets(st.integers(0, 20)),
+    st.sampled_from([1, 2, 1 << 28]),
+    options,
+)
+def test_loss_and_gradients_equal_those_of_every_copy(
+    sequences: list[list[int]],
+    layout: Any,
+    kind: str,
+    dtype: torch.dtype,
+    ignored: set[int],
+    rows: int,
+    chosen: Options,
+) -> None:
+    fold, labels = packed(sequences, layout)
+    labels[[i for i in ignored if i < len(labels)]] = -100
+    hidden, head, leaves = draw(fold, dtype, kind)
+    # Weights of both signs, as advantages are, and one that is zero.
+    sizes = {"weights": fold.num_tokens, "sequence_weights": fold.num_sequences}
+    for name, size in sizes.items():
+        if name in chosen:
+            chosen = {**chosen, name: torch.arange(size, dtype=dtype) - 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radix_mlp.torch.loss.MAX_LOGITS", rows * VOCABULARY)
+        found = cross_entropy(hidden, head, fold, labels, **chosen)
+        gradients = torch.autograd.grad(3 * found, leaves)
+    expected = oracle(hidden, head, fold, labels, chosen)
+    assert_close(found, expected)
+    wanted = torch.autograd.grad(3 * expected, leaves, allow_unused=True)
+    for mine, theirs, leaf in zip(gradients, wanted, leaves, strict=True):
+        assert_close(mine, torch.zeros_like(leaf) if theirs is None else theirs)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "logits"])
+@pytest.mark.parametrize("chunk", [1, 1 << 28])
+def test_log_probs_equal_those_of_every_copy(monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int) -> None:
+    monkeypatch.setattr("radix_mlp.torch.loss.MAX_LOGITS", chunk)
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, leaves = draw(fold, torch.float64, kind)
+    found = log_probs(hidden, head, fold, labels)
+    copies = logits_of(fold.unfold(hidden), head).log_softmax(-1)
+    expected = torch.where(labels == -100, 0.0, copies.gather(1, labels.clamp(min=0)[:, None])[:, 0])
+    assert_close(found, expected)
+    upstream = torch.arange(fold.num_tokens, dtype=torch.float64) - 5
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    wanted = torch.autograd.grad(expected, leaves, upstream)
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        assert_close(mine, theirs)
+
+
+def test_a_branch_point_counts_each_label() -> None:
+    """Node 2 is followed by 3 twice, by 5 twice and by nothing once: others drop all labels but one."""
+    fold, labels = packed(SEQUENCES, "depth_first")
+    logits = torch.zeros(fold.num_rows, VOCABULARY, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, None, fold, labels, reduction="sum"), logits)
+    branch = gradient[int(fold.scatter_indices[1])]
+    uniform = 4 / VOCABULARY
+    expected = torch.full((VOCABULARY,), uniform, dtype=torch.float64)
+    expected[3] -= 2
+    expected[5] -= 2
+    assert_close(branch, expected)
+
+
+def test_logits_exist_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radix_mlp.torch.loss.MAX_LOGITS", 2 * VOCABULARY)
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, _ = draw(fold, torch.float32, "plain")
+    seen: list[int] = []
+    logsumexp = Tensor.logsumexp
+
+    def spy(logits: Tensor, dim: int) -> Tensor:
+        seen.append(len(logits))
+        return logsumexp(logits, dim)
+
+    monkeypatch.setattr(Tensor, "logsumexp", spy)
+    cross_entropy(hidden, head, fold, labels)
+    # Rows that are followed by nothing have no logits.
+    assert seen == [2, 2, 1]
+
+
+def test_frozen_heads_get_no_gradient() -> None:
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, _ = draw(fold, torch.float32, "plain")
+    assert head is not None
+    frozen = head.weight.detach()
+    (gradient,) = torch.autograd.grad(cross_entropy(hidden, frozen, fold, labels), hidden)
+    assert gradient.any()
+    with torch.no_grad():
+        assert not cross_entropy(hidden, head, fold, labels).requires_grad
+
+
+def test_nothing_to_predict_is_zero() -> None:
+    fold, labels = packed([[1], [1]], "depth_first")
+    hidden, head, leaves = draw(fold, torch.float32, "plain")
+    loss = cross_entropy(hidden, head, fold, labels)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, leaves))
+    assert not log_probs(hidden, head, fold, labels).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, HIDDEN)}, r"hidden must be \[\d+, width\], got shape \(3, 6\)"),
+        ({"lm_head": torch.zeros(VOCABULARY, 5)}, r"the head must be \[vocabulary, 6\], got shape \(11, 5\)"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[19\], got shape \(3,\)"),
+        ({"labels": torch.full((19,), VOCABULARY)}, r"labels\[0\] is 11, which is not in 0..11"),
+        ({"labels": torch.full((19,), -1)}, r"labels\[0\] is -1"),
+        ({"weights": torch.ones(2)}, r"weights must be \[19\], got shape \(2,\)"),
+        ({"sequence_weights": torch.ones(2)}, r"sequence_weights must be \[7\], got shape \(2,\)"),
+        ({"weights": torch.ones(19, requires_grad=True)}, "weights must not require gradients"),
+        ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
+    ],
+)
+def test_errors_name_what_is_wrong(change: Options, message: str) -> None:
+    fold, labels = packed(SEQUENCES, "depth_first")
+    call: Options = {"hidden": torch.zeros(fold.num_rows, HIDDEN), "lm_head": torch.zeros(VOCABULARY, HIDDEN)}
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(fold=fold, **{**call, "labels": labels, **change})
