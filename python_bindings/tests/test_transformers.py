@@ -189,7 +189,8 @@ def test_gradient_modes(model: Any, batch: dict[str, Tensor], mode: Callable[[],
 @pytest.mark.parametrize("level", ["none", "mlp", "full"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_equal_the_plain_model(batch: dict[str, Tensor], level: Any, checkpointed: bool) -> None:
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    # Neither padding nor the first tokens, which nothing but padding stands before.
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) * batch["attention_mask"] < 2, -100)
     plain, mine = make().train(), make().train()
     expected = plain(**batch, labels=labels, use_cache=False).loss
     expected.backward()
@@ -295,6 +296,47 @@ def test_dropout_is_refused_only_while_active(batch: dict[str, Tensor]) -> None:
     fold(model)
     with pytest.raises(UnsupportedModelError, match=r"drop has p=0\.3"):
         model.train()(**batch)
+
+
+def test_dropout_that_was_asked_for_is_shared_by_copies(batch: dict[str, Tensor]) -> None:
+    model = make().train()
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Dropout(0.5))
+    fold(model, allow_dropout=True)
+    states = model.model(**batch).last_hidden_state
+    # Sequences 0 and 1 share four tokens.
+    first = [int(batch["attention_mask"][row].argmax()) for row in (0, 1)]
+    shared = [states[row, start : start + 4] for row, start in enumerate(first)]
+    assert torch.equal(*shared)
+    assert not torch.equal(model.model(**batch).last_hidden_state, states)
+
+
+def test_training_makes_no_logits_of_the_batch(model: Any, batch: dict[str, Tensor]) -> None:
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    fold(model)
+    assert model(**batch, labels=labels).logits is not None
+    assert model.train()(**batch, labels=labels).logits is None
+    assert model(**batch).logits is not None
+    loss, states = model(**batch, labels=labels, output_hidden_states=True, return_dict=False)
+    assert loss.ndim == 0
+    assert len(states) == 3
+    assert_close(model(**batch, labels=labels, num_items_in_batch=9).loss, loss * (TOKENS - len(SEQUENCES)) / 9)
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    assert_close(model(**batch, labels=labels, shift_labels=shifted).loss, loss)
+    with pytest.raises(ValueError, match=r"labels must be \[5, 7\] like input_ids, got shape \(5, 3\)"):
+        model(**batch, labels=labels[:, :3])
+
+
+@pytest.mark.parametrize("level", ["mlp", "full"])
+def test_autocast(model: Any, batch: dict[str, Tensor], level: Any) -> None:
+    """bfloat16 products of f32 weights: folded and not, both as far from f32 as 8 bits are."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) * batch["attention_mask"] < 2, -100)
+    expected = model.train()(**batch, labels=labels).loss
+    with torch.autocast("cpu", torch.bfloat16), folded(model, level=level):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+    assert (loss - expected).abs() <= 2e-2 * expected
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_a_wrapper_must_hold_one_model(model: Any, batch: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from models import FAMILIES, LEVELS, README, REFUSED, Family, Options, Refused, with_table
 from radix_mlp.transformers import UnsupportedModelError, fold, folded
-from radix_mlp.transformers.support import PROVEN
+from radix_mlp.transformers.support import PROVEN, RANDOM_ROUTING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST = 12
@@ -131,6 +131,35 @@ def test_folded_equals_plain(pair: Pair, level: str, sequences: Sequences, side:
     computed = outputs(pair.folded, {"level": level}, **batch)
     for one, other in zip(computed, expected, strict=True):
         assert_close(one, other, kept)
+
+
+def training_loss(model: PreTrainedModel, options: Options | None, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss of every next token, and the embedding's gradient of it."""
+    model.train()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name == "p" or ("drop" in name and isinstance(value, float)):
+                setattr(module, name, 0.0)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with nullcontext() if options is None else folded(model, **options):
+        loss = model(**batch, labels=labels, use_cache=False).loss
+    (gradient,) = torch.autograd.grad(loss, next(model.get_input_embeddings().parameters()))
+    model.train(False)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_training_equals_plain(pair: Pair, level: str) -> None:
+    batch = padded(RICH, "right")
+    if pair.plain.config.model_type in RANDOM_ROUTING:
+        with pytest.raises(UnsupportedModelError, match="draws experts at random"):
+            training_loss(pair.folded, {"level": level}, batch)
+        pair.folded.train(False)
+        return
+    expected = training_loss(pair.plain, None, batch)
+    computed = training_loss(pair.folded, {"level": level}, batch)
+    for one, other in zip(computed, expected, strict=True):
+        assert (one - other).abs().max() <= TOLERANCE * (1 + other.abs().max())
 
 
 def test_every_token_and_its_place_are_visible(pair: Pair) -> None:

@@ -105,6 +105,8 @@ def _attend(
             "Set attention_dropout to 0 or call model.eval()"
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     out = attend(q, k, v, options.get("scaling"), options.get("softcap"), options.get("sliding_window"))
     return out.unsqueeze(0)
 

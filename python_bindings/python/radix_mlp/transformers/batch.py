@@ -187,6 +187,18 @@ def _join(values: NDArray[Any], starts: Int64, lengths: Int64) -> NDArray[Any]:
     return np.concatenate([values[:0], *(values[start : start + length] for start, length in pairs)])
 
 
+def packed_values(packed: Packed, values: Tensor) -> Tensor:
+    """Those of `values` [sequences, length] that belong to tokens, [N] on the CPU.
+
+    Raises ValueError for another shape, TypeError for what are not integers.
+    """
+    values = values.unsqueeze(0) if values.ndim == 1 else values
+    if values.shape != packed.shape:
+        raise ValueError(f"labels must be {list(packed.shape)} like input_ids, got shape {tuple(values.shape)}")
+    lengths = packed.offsets[1:] - packed.offsets[:-1]
+    return torch.from_numpy(_join(_to_host({"labels": values})["labels"], packed.starts, lengths))
+
+
 def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_of: int | None = None) -> Batch:
     """Fold `packed` for `level`: see `Batch`."""
     folded = partial(Fold, packed.input_ids, packed.position_ids, packed.offsets, layout="depth_first")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from radix_mlp.torch.dispatch import Backend
 from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install
 from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
+from radix_mlp.transformers.loss import folded_loss, lm_head
 from radix_mlp.transformers.support import (
     PROVEN,
     UnsupportedModelError,
@@ -45,7 +47,14 @@ def _skip(function: Function) -> Function:
     return cast("Function", torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
 
 
-def fold(model: Module, *, level: Level = "full", backend: Backend | None = None, cuda_graphs: bool = False) -> Module:
+def fold(
+    model: Module,
+    *,
+    level: Level = "full",
+    backend: Backend | None = None,
+    cuda_graphs: bool = False,
+    allow_dropout: bool = False,
+) -> Module:
     """Make `model` fold each batch onto its prefix trie; change it in place and return it.
 
     `model` is a causal decoder of transformers 5, with or without a head, or a module that holds one:
@@ -62,6 +71,11 @@ def fold(model: Module, *, level: Level = "full", backend: Backend | None = None
     Python takes to launch its kernels, for batches of up to 16,384 rows where no gradient is asked for; each
     number of rows, in steps of 128, is captured when it first comes.
 
+    In training mode, with `labels`, the loss is that of `radix_mlp.torch.cross_entropy`: the vocabulary's logits
+    exist for a chunk of nodes at a time, and `logits` of the result is None. Labels behind padding count nothing.
+    Active dropout is refused, as copies of a token would draw different masks, unless `allow_dropout` says that they
+    may share theirs; dropout within attention is refused always.
+
     A cache is made only where `use_cache=True` is passed. Tokens after a cache, as `generate` decodes
     them, run as in the model itself.
 
@@ -74,7 +88,7 @@ def fold(model: Module, *, level: Level = "full", backend: Backend | None = None
     if is_folded(target):
         raise ValueError(f"{type(target).__name__} is folded already: unfold it first")
     refuse_unsupported(target)
-    Folding(target, level, backend, cuda_graphs=cuda_graphs)
+    Folding(target, level, backend, cuda_graphs=cuda_graphs, allow_dropout=allow_dropout)
     if target.config.model_type not in PROVEN:
         try:
             _prove(target)
@@ -101,10 +115,15 @@ def is_folded(model: nn.Module) -> bool:
 
 @contextmanager
 def folded(
-    model: Module, *, level: Level = "full", backend: Backend | None = None, cuda_graphs: bool = False
+    model: Module,
+    *,
+    level: Level = "full",
+    backend: Backend | None = None,
+    cuda_graphs: bool = False,
+    allow_dropout: bool = False,
 ) -> Iterator[Module]:
     """`fold` for the length of a `with` block."""
-    fold(model, level=level, backend=backend, cuda_graphs=cuda_graphs)
+    fold(model, level=level, backend=backend, cuda_graphs=cuda_graphs, allow_dropout=allow_dropout)
     try:
         yield model
     finally:
@@ -124,9 +143,17 @@ class Call:
 class Folding:
     """The forwards of one model that fold: of its decoder, and of the model itself where that has an LM head."""
 
-    def __init__(self, model: PreTrainedModel, level: Level, backend: Backend | None, *, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        level: Level,
+        backend: Backend | None,
+        *,
+        cuda_graphs: bool,
+        allow_dropout: bool,
+    ) -> None:
         self.model, self.decoder = model, cast("PreTrainedModel", model.base_model)
-        self.level, self.backend = level, backend
+        self.level, self.backend, self.allow_dropout = level, backend, allow_dropout
         self.count_padding = counts_padding(model)
         self.layers: int = model.config.num_hidden_layers
         self.graphs: Graphs | None = None
@@ -184,14 +211,19 @@ class Folding:
     def _predict(self, call: dict[str, Any]) -> ModelOutput:
         """The outputs of a model with an LM head, which also runs once a row."""
         labels, keep = call.pop("labels", None), call.pop("logits_to_keep", 0)
+        options = {name: call.pop(name) for name in LOSS_OPTIONS if name in call}
         folded: Call = self._fold(call)
+        if labels is not None and self.model.training and (head := lm_head(self.model)) is not None:
+            compact = self._run(folded.arguments)
+            loss = folded_loss(compact[0], head, folded.batch, labels, **options)
+            return CausalLMOutputWithPast(
+                **self._restored(compact, folded, {"loss": loss}, without="last_hidden_state")
+            )
         restore = self._keep(folded, keep)
         compact = self.run_model(**folded.arguments)
         ready = {"logits": restore(compact["logits"])}
         if labels is not None:
-            vocabulary = self.model.config.vocab_size
-            options = {name: call[name] for name in LOSS_OPTIONS if name in call}
-            ready["loss"] = self.model.loss_function(ready["logits"], labels, vocabulary, **options)
+            ready["loss"] = self.model.loss_function(ready["logits"], labels, self.model.config.vocab_size, **options)
         output: ModelOutput = self._restored(compact, folded, ready)
         return output
 
@@ -205,7 +237,8 @@ class Folding:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _fold(self, call: dict[str, Any]) -> "Call":
         """Fold a call; ValueError or TypeError where its arguments do not go together."""
-        refuse_dropout(self.model)
+        if not self.allow_dropout:
+            refuse_dropout(self.model)
         rest = {name: value for name, value in call.items() if value is not None}
         self._refuse_arguments(rest)
         bounds = rest.pop("cu_seq_lengths", rest.pop("cu_seq_lens_q", None))
@@ -275,13 +308,15 @@ class Folding:
             raise UnsupportedModelError(f"{name} cannot be folded: no layer was told its sliding window of {window}")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _restored(self, output: ModelOutput, call: "Call", ready: dict[str, Tensor]) -> ModelOutput:
-        """`output` with every row in its places, but for the fields that are `ready`."""
+    def _restored(
+        self, output: ModelOutput, call: "Call", ready: dict[str, Tensor], without: str | None = None
+    ) -> ModelOutput | dict[str, Any]:
+        """`output` with every row in its places, but for the fields that are `ready`; `without` one of them a dict."""
         self._check_layers(call.attend)
         batch = call.batch
         fields: dict[str, Any] = dict(ready)
         for name, value in output.items():
-            if name in fields:
+            if name in fields or name == without:
                 continue
             if name == "past_key_values":
                 fields[name] = self._restored_cache(value, batch, call.cache)
@@ -291,7 +326,7 @@ class Folding:
                 fields[name] = tuple(batch.restore(each) for each in value)
             else:
                 raise UnsupportedModelError(f"{type(self.model).__name__} returned {name}, a {type(value).__name__}")
-        return type(output)(**fields)
+        return fields if without is not None else type(output)(**fields)
 
     def _restored_cache(self, compact: DynamicCache, batch: Batch, cache: Any) -> Any:
         """The keys and values [sequences, key heads, length, head_dim] of every layer, in `cache` or a new one."""

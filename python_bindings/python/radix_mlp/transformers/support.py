@@ -20,6 +20,7 @@ FOLDED_LAYERS = {"full_attention", "sliding_attention"}
 ABSOLUTE = {"hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"}
 # With windows that attention is not told of.
 WINDOW_IN_MASK = {"phimoe"}
+RANDOM_ROUTING = {"phimoe"}
 # With learned positions that the model counts from the attention mask.
 COUNTED_BY_MASK = {"opt"}
 
@@ -50,6 +51,11 @@ def refuse_dropout(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError where a dropout layer of `model` is active."""
     if not model.training:
         return
+    if model.config.model_type in RANDOM_ROUTING:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be folded in training: it draws experts at random, and copies of a token "
+            "would draw different ones. Call model.eval()"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             raise UnsupportedModelError(
