@@ -339,6 +339,25 @@ def test_autocast(model: Any, batch: dict[str, Tensor], level: Any) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_lora(batch: dict[str, Tensor]) -> None:
+    peft: Any = pytest.importorskip("peft")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) * batch["attention_mask"] < 2, -100)
+    gradients = []
+    for folds in (False, True):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(make(), config).train()
+        if folds:
+            fold(adapted)
+        adapted(**batch, labels=labels, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+    plain, mine = gradients
+    assert plain.keys() == mine.keys()
+    assert len(plain) == 8
+    for name, gradient in mine.items():
+        assert_close(gradient, plain[name])
+
+
 def test_a_wrapper_must_hold_one_model(model: Any, batch: dict[str, Tensor]) -> None:
     with torch.no_grad():
         expected = model(**batch).logits

@@ -210,7 +210,8 @@ class _Gradients:
             self.bias += gradient.sum(0)
         gradient = gradient.to(states.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = gradient if self.head is None else gradient @ self.head.weight
+            own = gradient if self.head is None else gradient @ self.head.weight
+            self.hidden[rows] = own.to(self.hidden.dtype)
         if self.weight is not None:
             self.weight += gradient.t() @ states
 
