@@ -1,13 +1,14 @@
 """sentence-transformers models encode and rank folded as they do by themselves, in the order of the input."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DataCollatorWithFlattening,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -109,10 +110,52 @@ def test_a_model_that_is_folded_already_stays_so(embedder: SentenceTransformer) 
     assert is_folded(embedder)
 
 
-@pytest.mark.parametrize("inputs", ["w1", []])
-def test_inputs_must_be_texts(embedder: SentenceTransformer, inputs: Any) -> None:
+def test_encode_plans_with_the_options_of_the_tokeniser(embedder: SentenceTransformer) -> None:
+    options: dict[str, Any] = {"processing_kwargs": {"text": {"max_length": 1, "truncation": True}}}
+    expected = embedder.encode(TEXTS, **options)
+    rows = count_rows(embedder)
+    assert np.abs(encode(embedder, TEXTS, unique_tokens=3, **options) - expected).max() < TOLERANCE
+    # w5, w20 and w30 are all that is left.
+    assert rows == [3]
+
+
+def test_encode_without_padding(embedder: SentenceTransformer) -> None:
+    """With FlashAttention, which a CPU has not, sentence-transformers packs a batch into one row."""
+    expected = embedder.encode(TEXTS)
+    transformer, collator = cast("tuple[Any, Any]", (embedder[0], DataCollatorWithFlattening))
+    transformer.data_collator = collator(return_seq_idx=True, return_flash_attn_kwargs=True)
+    transformer.can_flatten_inputs, transformer._flatten_position_offset = True, 0
+    assert "attention_mask" not in embedder.preprocess(TEXTS)
+    rows = count_rows(embedder)
+    assert np.abs(encode(embedder, TEXTS, unique_tokens=9) - expected).max() < TOLERANCE
+    assert max(rows) <= 9
+
+
+@pytest.mark.parametrize("inputs", ["w1", [], [{"role": "user", "content": "w1"}]])
+def test_encode_wants_several_texts(embedder: SentenceTransformer, inputs: Any) -> None:
     with pytest.raises(ValueError, match="at least one text"):
         encode(embedder, inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "'int8' takes the range of all embeddings"),
+        ({"precision": "uint8"}, "'uint8' takes the range of all embeddings"),
+        ({"device": ["cpu", "cpu"]}, "on one device"),
+        ({"pool": {}}, "on one device"),
+    ],
+)
+def test_encode_refuses_what_batches_cannot_give(
+    embedder: SentenceTransformer, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(embedder, TEXTS, **options)
+
+
+def test_encode_to_bits(embedder: SentenceTransformer) -> None:
+    found = encode(embedder, TEXTS, unique_tokens=9, precision="binary")
+    assert (found == embedder.encode(TEXTS, precision="binary")).all()
 
 
 def test_progress_bar(embedder: SentenceTransformer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,10 +165,27 @@ def test_progress_bar(embedder: SentenceTransformer, capsys: pytest.CaptureFixtu
     assert not capsys.readouterr().err
 
 
-def test_predict_with_a_classifier(tmp_path: Path) -> None:
-    model = CrossEncoder(save(Qwen3ForSequenceClassification, tmp_path, num_labels=1), device="cpu")
-    expected = model.predict(PAIRS)
-    assert np.abs(predict(model, PAIRS, unique_tokens=20) - expected).max() < TOLERANCE
+@pytest.fixture
+def classifier(tmp_path: Path) -> CrossEncoder:
+    path = save(Qwen3ForSequenceClassification, tmp_path, num_labels=1)
+    model: CrossEncoder = CrossEncoder(path, device="cpu", prompts={"rank": PROMPT})
+    return model
+
+
+@pytest.mark.parametrize("form", [list, np.array])
+@pytest.mark.parametrize("prompt", [{}, {"prompt_name": "rank"}, {"prompt": "w9 w8 "}])
+def test_predict_with_a_classifier(classifier: CrossEncoder, form: Any, prompt: dict[str, Any]) -> None:
+    expected = classifier.predict(PAIRS, **prompt)
+    rows = count_rows(classifier)
+    assert np.abs(predict(classifier, form(PAIRS), unique_tokens=12, **prompt) - expected).max() < TOLERANCE
+    assert len(rows) > 1
+    assert max(rows) <= 12
+
+
+@pytest.mark.parametrize("pair", [("w1 w2", "w3"), ["w1 w2", "w3"], np.array(["w1 w2", "w3"])])
+def test_predict_wants_several_pairs(classifier: CrossEncoder, pair: Any) -> None:
+    with pytest.raises(ValueError, match="at least one text or pair"):
+        predict(classifier, pair)
 
 
 def test_predict_with_a_language_model_that_says_yes_or_no(tmp_path: Path) -> None:

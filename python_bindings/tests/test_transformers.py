@@ -339,6 +339,7 @@ def test_autocast(model: Any, batch: dict[str, Tensor], level: Any) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_lora(batch: dict[str, Tensor]) -> None:
     peft: Any = pytest.importorskip("peft")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) * batch["attention_mask"] < 2, -100)

@@ -21,6 +21,8 @@ from radix_mlp.transformers import folded, is_folded
 UNIQUE_TOKENS = 16_384
 # Inputs that are tokenised at once for the plan.
 CHUNK = 256
+# Options of `encode` and `predict` that change the tokens.
+TOKEN_OPTIONS = ("processing_kwargs", "task")
 
 
 def encode(
@@ -39,42 +41,46 @@ def encode(
     tokens, so there is no batch_size; the other `options` are those of `SentenceTransformer.encode`, and so are the
     results, in the order of `inputs`. A progress bar shows on a terminal, or where `show_progress_bar` says so.
 
-    Raises `radix_mlp.transformers.UnsupportedModelError` for a model that cannot be folded.
+    Raises `radix_mlp.transformers.UnsupportedModelError` for a model that cannot be folded, and ValueError for a
+    single input, for none, for several devices, and for precision "int8" or "uint8", whose range is that of all
+    embeddings: pass the result to `sentence_transformers.util.quantize_embeddings`.
     """
-    own = {"prompt_name": prompt_name, "prompt": prompt}
-    name = prompt_name or model.default_prompt_name
-    shared = prompt if prompt is not None else model.prompts.get(name) if name else None
-    return _in_planned_batches(model.encode, model, inputs, shared, unique_tokens, show_progress_bar, own | options)
+    if (precision := options.get("precision")) in ("int8", "uint8"):
+        raise ValueError(f"precision {precision!r} takes the range of all embeddings: quantise what encode returns")
+    options |= {"prompt_name": prompt_name, "prompt": prompt}
+    return _in_planned_batches(model.encode, model, inputs, unique_tokens, show_progress_bar, options)
 
 
 def predict(
     model: CrossEncoder,
     inputs: Sequence[Any],
     *,
+    prompt_name: str | None = None,
     prompt: str | None = None,
     unique_tokens: int = UNIQUE_TOKENS,
     show_progress_bar: bool | None = None,
     **options: Any,
 ) -> Any:
     """`model.predict(inputs, ...)` of pairs of texts with what they share computed once: as `encode` does."""
-    own = {} if prompt is None else {"prompt": prompt}
-    name = model.default_prompt_name
-    shared = prompt if prompt is not None else model.prompts.get(name) if name else None
-    return _in_planned_batches(model.predict, model, inputs, shared, unique_tokens, show_progress_bar, own | options)
+    options |= {"prompt_name": prompt_name, "prompt": prompt}
+    return _in_planned_batches(model.predict, model, inputs, unique_tokens, show_progress_bar, options)
 
 
 def _in_planned_batches(
     run: Callable[..., Any],
     model: SentenceTransformer | CrossEncoder,
     inputs: Sequence[Any],
-    prompt: str | None,
     unique_tokens: int,
     show_progress_bar: bool | None,
     options: dict[str, Any],
 ) -> Any:
-    if isinstance(inputs, str) or not len(inputs):
+    if model.is_singular_input(inputs) or not len(inputs):
         raise ValueError(f"inputs must be a list of at least one text or pair, got {inputs!r}")
-    plan = plan_batches(_token_ids(model, inputs, prompt), unique_tokens=unique_tokens)
+    if options.get("pool") is not None or isinstance(options.get("device"), list):
+        raise ValueError("a folded model runs on one device: neither pool nor a list of devices can be given")
+    # Rows of an array would be arrays themselves, which sentence-transformers takes for audio.
+    inputs = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
+    plan = plan_batches(_token_ids(model, inputs, options), unique_tokens=unique_tokens)
     # Disabled by None, tqdm shows on a terminal only.
     hidden = None if show_progress_bar is None else not show_progress_bar
     parts = []
@@ -89,13 +95,22 @@ def _in_planned_batches(
     return restore_order(_join(parts), plan)
 
 
-def _token_ids(model: Any, inputs: Sequence[Any], prompt: str | None) -> list[Any]:
+def _token_ids(model: Any, inputs: list[Any], options: dict[str, Any]) -> list[Any]:
     """The tokens of each input as the model reads it."""
+    prompt = options["prompt"]
+    if prompt is None:
+        prompt = model.prompts.get(options["prompt_name"] or model.default_prompt_name)
+    own = {name: options[name] for name in TOKEN_OPTIONS if name in options}
     ids: list[Any] = []
     for start in range(0, len(inputs), CHUNK):
-        features = model.preprocess(list(inputs[start : start + CHUNK]), prompt=prompt)
-        pairs = zip(features["input_ids"].numpy(), features["attention_mask"].numpy().astype(bool), strict=True)
-        ids += [row[mask] for row, mask in pairs]
+        features = model.preprocess(inputs[start : start + CHUNK], prompt=prompt, **own)
+        tokens = features["input_ids"].numpy()
+        if "cu_seq_lens_q" in features:
+            # For FlashAttention: one row [1, N] without padding.
+            ids += np.split(tokens[0], features["cu_seq_lens_q"][1:-1].tolist())
+        else:
+            masks = features["attention_mask"].numpy().astype(bool)
+            ids += [row[mask] for row, mask in zip(tokens, masks, strict=True)]
     return ids
 
 
