@@ -3,7 +3,7 @@ VENV ?= .venv
 export CARGO_BUILD_JOBS ?= 2
 
 BIN := $(VENV)/bin
-FEATURES := --features radix_mlp/cli
+FEATURES := --features radix_mlp/server
 # nextest where it is installed, plain `cargo test` elsewhere.
 RUST_TESTS := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test --tests --bins --lib)
 

@@ -9,6 +9,22 @@ pub enum Budget {
     Tokens(usize),
 }
 
+impl Budget {
+    pub(crate) fn limit(self) -> usize {
+        match self {
+            Self::UniqueTokens(limit) | Self::Tokens(limit) => limit,
+        }
+    }
+
+    /// What a sequence adds to a batch that has the first `shared` of its tokens already.
+    pub(crate) fn cost(self, tokens: &[u32], shared: usize) -> usize {
+        match self {
+            Self::UniqueTokens(_) => tokens.len() - shared,
+            Self::Tokens(_) => tokens.len(),
+        }
+    }
+}
+
 /// One batch of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedBatch {
@@ -45,15 +61,15 @@ pub fn plan_batches<S: AsRef<[u32]>>(sequences: &[S], budget: Budget) -> Vec<Pla
         let sequence = tokens(index);
         if let Some(batch) = batches.last_mut() {
             let before = batch.sequences.last().map_or(&[][..], |&last| tokens(last));
-            let new = sequence.len() - common_prefix(before, sequence);
-            let fits = match budget {
-                Budget::UniqueTokens(limit) => batch.unique_tokens + new <= limit,
-                Budget::Tokens(limit) => batch.tokens + sequence.len() <= limit,
+            let shared = common_prefix(before, sequence);
+            let spent = match budget {
+                Budget::UniqueTokens(_) => batch.unique_tokens,
+                Budget::Tokens(_) => batch.tokens,
             };
-            if fits {
+            if spent + budget.cost(sequence, shared) <= budget.limit() {
                 batch.sequences.push(index);
                 batch.tokens += sequence.len();
-                batch.unique_tokens += new;
+                batch.unique_tokens += sequence.len() - shared;
                 continue;
             }
         }
@@ -66,6 +82,6 @@ pub fn plan_batches<S: AsRef<[u32]>>(sequences: &[S], budget: Budget) -> Vec<Pla
     batches
 }
 
-fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+pub(crate) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }

@@ -37,6 +37,7 @@
 //!
 //! - `candle`: the `qwen3` and `text` modules, a Qwen3 model that runs folded on the CPU.
 //! - `cli`: the `radix-mlp` command, which embeds and reranks text.
+//! - `server`: `radix-mlp serve`, the same over HTTP.
 
 mod batching;
 mod block_mask;
@@ -46,6 +47,7 @@ mod fold;
 mod hash;
 #[cfg(feature = "candle")]
 pub mod qwen3;
+mod scheduler;
 #[cfg(feature = "candle")]
 pub mod text;
 mod trie;
@@ -54,6 +56,7 @@ pub use crate::batching::{Budget, PlannedBatch, plan_batches};
 pub use crate::block_mask::{BlockMask, Csr};
 pub use crate::error::FoldError;
 pub use crate::fold::{Fold, FoldBuilder, Layout, compute_fold_and_scatter};
+pub use crate::scheduler::{Batch, Next, Scheduled, Scheduler, Ticket, Tokens};
 
 /// Compiles and runs the README's example.
 #[cfg(doctest)]

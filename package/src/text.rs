@@ -1,5 +1,6 @@
 //! Text to tokens: a Hugging Face tokenizer, and the prompts that models are fed with.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -153,6 +154,27 @@ impl TextEncoder {
         })
     }
 
+    /// The tokens of a text and where they stand in it, the tokenizer's special ones with
+    /// `special_tokens`.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Encode`].
+    pub fn tokens(&self, text: &str, special_tokens: bool) -> Result<Vec<TextToken>, TextError> {
+        let encoding = self.tokenizer.encode_char_offsets(text, special_tokens);
+        let encoding = encoding.map_err(|source| TextError::Encode { source })?;
+        let ids = encoding.get_ids().iter().zip(encoding.get_tokens());
+        let places = encoding.get_special_tokens_mask().iter();
+        let places = places.zip(encoding.get_offsets());
+        let token = |((&id, token), (&special, &(start, end))): ((_, &String), (_, _))| TextToken {
+            id,
+            token: token.clone(),
+            special: special == 1,
+            characters: start..end,
+        };
+        Ok(ids.zip(places).map(token).collect())
+    }
+
     /// The id of a token of the vocabulary.
     ///
     /// # Errors
@@ -164,6 +186,19 @@ impl TextEncoder {
             token: token.to_owned(),
         })
     }
+}
+
+/// A token of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextToken {
+    /// Its id.
+    pub id: u32,
+    /// How the vocabulary spells it.
+    pub token: String,
+    /// Whether the tokenizer added it.
+    pub special: bool,
+    /// The characters of the text that it stands for.
+    pub characters: Range<usize>,
 }
 
 /// Tokens around every text.

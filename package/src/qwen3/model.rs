@@ -169,13 +169,35 @@ impl Qwen3Model {
         cost::choose_level(&self.config, fold)
     }
 
+    /// Whether it has an LM head, its own or its embeddings.
+    pub fn has_head(&self) -> bool {
+        !matches!(self.weights.head, Head::Absent)
+    }
+
     /// How a reranker scores: the probability of token `yes` against token `no` after each
-    /// sequence, \[sequences\]. The LM head is applied to the last rows and these two tokens only.
+    /// sequence, \[sequences\].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::yes_logits`].
+    pub fn yes_probabilities(
+        &self,
+        states: &HiddenStates<'_>,
+        yes: u32,
+        no: u32,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.yes_logits(states, yes, no)?;
+        // softmax([yes, no])[0]
+        Ok(logits.iter().map(|x| (1.0 + (-x).exp()).recip()).collect())
+    }
+
+    /// By how much the logit of token `yes` exceeds that of token `no` after each sequence,
+    /// \[sequences\]. The LM head is applied to the last rows and these two tokens only.
     ///
     /// # Errors
     ///
     /// [`ModelError::NoHead`], [`ModelError::TokenId`] and [`ModelError::EmptySequence`].
-    pub fn yes_probabilities(
+    pub fn yes_logits(
         &self,
         states: &HiddenStates<'_>,
         yes: u32,
@@ -194,10 +216,6 @@ impl Qwen3Model {
         let head = head.index_select(&tokens, 0)?.to_dtype(DType::F32)?;
         let logits = states.pool(Pooling::LastToken)?.matmul(&head.t()?)?;
         let logits = logits.to_vec2::<f32>()?;
-        // softmax([yes, no])[0]
-        Ok(logits
-            .iter()
-            .map(|row| (1.0 + (row[1] - row[0]).exp()).recip())
-            .collect())
+        Ok(logits.iter().map(|row| row[0] - row[1]).collect())
     }
 }

@@ -4,5 +4,7 @@
 mod embed;
 mod fixtures;
 mod rerank;
+#[cfg(feature = "server")]
+mod serve;
 mod stats_and_demo;
 mod tokenizer;

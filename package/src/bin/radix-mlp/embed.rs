@@ -64,7 +64,7 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum PoolingChoice {
+pub enum PoolingChoice {
     LastToken,
     Mean,
     Cls,

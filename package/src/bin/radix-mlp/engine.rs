@@ -10,11 +10,30 @@ use radix_mlp::{Budget, Fold, plan_batches};
 
 use super::progress::Totals;
 
+/// What loads a model. Flags are environment variables too, for servers.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Hugging Face directory: config.json, safetensors, tokenizer.json
+    #[arg(long, short, value_name = "DIR", env = "RADIX_MLP_MODEL")]
+    pub model: PathBuf,
+
+    /// Number type of weights and activations
+    #[arg(long, value_enum, default_value_t = Dtype::F32, env = "RADIX_MLP_DTYPE")]
+    pub dtype: Dtype,
+
+    /// Where the model runs
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Cpu, env = "RADIX_MLP_DEVICE")]
+    pub device: DeviceChoice,
+
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = positive, env = "RADIX_MLP_THREADS")]
+    threads: Option<usize>,
+}
+
 #[derive(clap::Args)]
 pub struct EngineArgs {
-    /// Hugging Face directory: config.json, safetensors, tokenizer.json
-    #[arg(long, short, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
 
     /// What is computed once for every shared prefix
     #[arg(long, value_enum, default_value_t = FoldChoice::Auto)]
@@ -24,25 +43,13 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", default_value_t = 16384, value_parser = positive)]
     pub batch_tokens: usize,
 
-    /// Number type of weights and activations
-    #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    dtype: Dtype,
-
-    /// Where the model runs
-    #[arg(long, value_enum, default_value_t = DeviceChoice::Cpu)]
-    device: DeviceChoice,
-
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N", value_parser = positive)]
-    threads: Option<usize>,
-
     /// Cut texts that are longer than the model's context instead of refusing them
     #[arg(long)]
     truncate: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum FoldChoice {
+pub enum FoldChoice {
     /// `full`, or `none` for batches that are measured to gain nothing
     Auto,
     /// Nothing: every token is computed
@@ -54,14 +61,14 @@ enum FoldChoice {
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Dtype {
+pub enum Dtype {
     F32,
     Bf16,
     F16,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum DeviceChoice {
+pub enum DeviceChoice {
     Cpu,
 }
 
@@ -81,23 +88,62 @@ pub struct Engine {
     pub max_length: MaxLength,
 }
 
-impl Engine {
-    pub fn load(args: &EngineArgs) -> anyhow::Result<Self> {
-        if let Some(threads) = args.threads {
+impl Dtype {
+    /// As Hugging Face spells it.
+    #[cfg(feature = "server")]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+}
+
+impl ModelArgs {
+    pub fn load(&self) -> anyhow::Result<(Qwen3Model, TextEncoder)> {
+        if let Some(threads) = self.threads {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .build_global()?;
         }
-        let device = match args.device {
+        let device = match self.device {
             DeviceChoice::Cpu => Device::Cpu,
         };
-        let dtype = match args.dtype {
+        let dtype = match self.dtype {
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::BF16,
             Dtype::F16 => DType::F16,
         };
-        let encoder = TextEncoder::from_file(&args.model.join("tokenizer.json"))?;
-        let model = Qwen3Model::load(&args.model, Some(dtype), &device)?;
+        let encoder = TextEncoder::from_file(&self.model.join("tokenizer.json"))?;
+        let model = Qwen3Model::load(&self.model, Some(dtype), &device)?;
+        Ok((model, encoder))
+    }
+}
+
+impl FoldChoice {
+    /// What bounds a batch of at most `tokens`.
+    pub fn budget(self, tokens: usize) -> Budget {
+        match self {
+            // Where `auto` decides for `none`, next to nothing is shared.
+            Self::Auto | Self::Full => Budget::UniqueTokens(tokens),
+            Self::None | Self::Mlp => Budget::Tokens(tokens),
+        }
+    }
+
+    pub fn level(self, model: &Qwen3Model, fold: &Fold) -> FoldLevel {
+        match self {
+            Self::Auto => model.choose_level(fold),
+            Self::None => FoldLevel::None,
+            Self::Mlp => FoldLevel::Mlp,
+            Self::Full => FoldLevel::Full,
+        }
+    }
+}
+
+impl Engine {
+    pub fn load(args: &EngineArgs) -> anyhow::Result<Self> {
+        let (model, encoder) = args.model.load()?;
         let max_length = MaxLength {
             tokens: model.config().max_position_embeddings,
             truncate: args.truncate,
@@ -118,20 +164,10 @@ impl Engine {
         totals: &mut Totals,
         mut read: impl FnMut(&[usize], &HiddenStates<'_>, Totals) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let budget = match self.fold {
-            // Where `auto` decides for `none`, next to nothing is shared.
-            FoldChoice::Auto | FoldChoice::Full => Budget::UniqueTokens(self.batch_tokens),
-            FoldChoice::None | FoldChoice::Mlp => Budget::Tokens(self.batch_tokens),
-        };
-        for batch in plan_batches(sequences, budget) {
+        for batch in plan_batches(sequences, self.fold.budget(self.batch_tokens)) {
             let members = batch.sequences.iter().map(|&index| &sequences[index][..]);
             let fold = fold(members)?;
-            let level = match self.fold {
-                FoldChoice::Auto => self.model.choose_level(&fold),
-                FoldChoice::None => FoldLevel::None,
-                FoldChoice::Mlp => FoldLevel::Mlp,
-                FoldChoice::Full => FoldLevel::Full,
-            };
+            let level = self.fold.level(&self.model, &fold);
             let states = self.model.forward(&fold, level)?;
             totals.texts += batch.sequences.len() as u64;
             totals.tokens += batch.tokens as u64;

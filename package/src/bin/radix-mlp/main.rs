@@ -8,6 +8,8 @@ mod interrupt;
 mod output;
 mod progress;
 mod rerank;
+#[cfg(feature = "server")]
+mod serve;
 mod stats;
 mod window;
 
@@ -29,16 +31,24 @@ enum Command {
     Stats(stats::Args),
     Embed(embed::Args),
     Rerank(rerank::Args),
+    #[cfg(feature = "server")]
+    Serve(serve::Args),
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        // It ends once all is answered.
+        #[cfg(feature = "server")]
+        Command::Serve(args) => serve::run(&args),
+        Command::Demo(args) => interrupt::install().and_then(|()| demo::run(&args)),
+        Command::Stats(args) => interrupt::install().and_then(|()| stats::run(&args)),
+        Command::Embed(args) => interrupt::install().and_then(|()| embed::run(&args)),
+        Command::Rerank(args) => interrupt::install().and_then(|()| rerank::run(&args)),
+    }
 }
 
 fn main() -> ExitCode {
-    let result = interrupt::install().and_then(|()| match Cli::parse().command {
-        Command::Demo(args) => demo::run(&args),
-        Command::Stats(args) => stats::run(&args),
-        Command::Embed(args) => embed::run(&args),
-        Command::Rerank(args) => rerank::run(&args),
-    });
-    let Err(error) = result else {
+    let Err(error) = run(Cli::parse().command) else {
         return ExitCode::SUCCESS;
     };
     if output::is_broken_pipe(&error) {

@@ -1,0 +1,270 @@
+//! A queue that fills batches by unique tokens, so that sequences that share prefixes meet.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::batching::{Budget, common_prefix};
+
+/// The tokens of a sequence, shared between the queue and whoever asked for it.
+pub type Tokens = Arc<[u32]>;
+
+/// Names one sequence that waits; later ones compare greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(u64);
+
+/// What to do now.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing waits.
+    Idle,
+    /// Ask again at this time, or when something arrived: a fuller batch may be had until then.
+    WaitUntil(Duration),
+    /// Compute this.
+    Run(Batch),
+}
+
+/// Sequences to be computed together, in lexicographic order of their tokens.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// The different sequences.
+    pub sequences: Vec<Scheduled>,
+    /// Tokens of all tickets, shared or not.
+    pub tokens: usize,
+    /// Nodes of the sequences' trie, where positions count from 0 in each.
+    pub unique_tokens: usize,
+}
+
+/// A sequence of a batch.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Scheduled {
+    /// What is computed.
+    pub tokens: Tokens,
+    /// Who waits for it: several where the same tokens were asked for more than once.
+    pub tickets: Vec<Ticket>,
+    /// How many of the tokens the sequence before it has too.
+    pub shared: usize,
+}
+
+/// Sequences that wait to be computed, and the rule by which they become batches.
+///
+/// A batch starts with the sequence that has waited longest and takes those along that share most
+/// with it: neighbours in the lexicographic order of tokens, which is the depth-first order of the
+/// prefix trie of all that wait. Then comes the next in order of arrival, until one does not fit.
+/// The same tokens asked for twice are one sequence.
+///
+/// Sequences that go ahead of older ones take at most half of a batch, and only if the batch has at
+/// least a quarter of their tokens already. Any two consecutive batches therefore spend more than
+/// half a budget on the oldest sequences, or empty the queue: a sequence that finds others of W
+/// tokens waiting is computed in one of the next 4 W / budget + 2 batches, whoever arrives later.
+///
+/// Nothing here reads a clock or waits: times are durations since any fixed moment.
+///
+/// ```
+/// use std::time::Duration;
+/// use radix_mlp::{Budget, Next, Scheduler};
+///
+/// let mut scheduler = Scheduler::new(Budget::UniqueTokens(4), Duration::from_millis(2));
+/// let first = scheduler.push([1, 2, 3].into(), Duration::ZERO);
+/// let other = scheduler.push([9, 9].into(), Duration::ZERO);
+/// let alike = scheduler.push([1, 2, 4].into(), Duration::ZERO);
+///
+/// // The queue holds more than a batch takes, so that there is nothing to wait for.
+/// let Next::Run(batch) = scheduler.next(Duration::ZERO) else { panic!() };
+/// assert_eq!(batch.sequences[0].tickets, [first]);
+/// assert_eq!(batch.sequences[1].tickets, [alike]);
+/// assert_eq!((batch.tokens, batch.unique_tokens), (6, 4));
+///
+/// // What is left may find company until its window has passed.
+/// let window = Duration::from_millis(2);
+/// assert_eq!(scheduler.next(Duration::ZERO), Next::WaitUntil(window));
+/// let Next::Run(batch) = scheduler.next(window) else { panic!() };
+/// assert_eq!(batch.sequences[0].tickets, [other]);
+/// ```
+#[derive(Debug)]
+pub struct Scheduler {
+    budget: Budget,
+    window: Duration,
+    /// The prefix index: neighbours share most.
+    by_tokens: BTreeMap<Tokens, Vec<Ticket>>,
+    by_arrival: BTreeMap<Ticket, Arrival>,
+    tickets: u64,
+    /// What the waiting sequences would cost as one batch.
+    cost: usize,
+}
+
+#[derive(Debug)]
+struct Arrival {
+    tokens: Tokens,
+    at: Duration,
+}
+
+/// One in so many of a sequence's tokens must be in a batch already for it to go ahead of older ones.
+const SHARED_TO_GO_AHEAD: usize = 4;
+/// One in so many of a batch's tokens may be spent on those that do.
+const AHEAD: usize = 2;
+
+impl Scheduler {
+    /// A queue for batches within `budget`; a sequence that exceeds it is a batch of its own. Where
+    /// less than a batch waits, the oldest sequence is kept for `window` at most.
+    pub fn new(budget: Budget, window: Duration) -> Self {
+        Self {
+            budget,
+            window,
+            by_tokens: BTreeMap::new(),
+            by_arrival: BTreeMap::new(),
+            tickets: 0,
+            cost: 0,
+        }
+    }
+
+    /// Puts a sequence into the queue. `now` must not go back.
+    pub fn push(&mut self, tokens: Tokens, now: Duration) -> Ticket {
+        let ticket = Ticket(self.tickets);
+        self.tickets += 1;
+        let cost = self.budget.cost(&tokens, shared(&self.by_tokens, &tokens));
+        let arrival = Arrival {
+            tokens: tokens.clone(),
+            at: now,
+        };
+        self.by_arrival.insert(ticket, arrival);
+        match self.by_tokens.entry(tokens) {
+            Entry::Occupied(mut waiting) => waiting.get_mut().push(ticket),
+            Entry::Vacant(place) => {
+                place.insert(vec![ticket]);
+                self.cost += cost;
+            }
+        }
+        ticket
+    }
+
+    /// Takes a sequence out of the queue. False where it waits no more.
+    pub fn cancel(&mut self, ticket: Ticket) -> bool {
+        let Some(Arrival { tokens, .. }) = self.by_arrival.remove(&ticket) else {
+            return false;
+        };
+        if let Entry::Occupied(mut waiting) = self.by_tokens.entry(tokens.clone()) {
+            waiting.get_mut().retain(|&other| other != ticket);
+            if waiting.get().is_empty() {
+                waiting.remove();
+                self.cost -= self.budget.cost(&tokens, shared(&self.by_tokens, &tokens));
+            }
+        }
+        true
+    }
+
+    /// Number of tickets that wait.
+    pub fn len(&self) -> usize {
+        self.by_arrival.len()
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.by_arrival.is_empty()
+    }
+
+    /// The next batch, or how long to wait for it.
+    pub fn next(&mut self, now: Duration) -> Next {
+        let Some(oldest) = self.by_arrival.values().next() else {
+            return Next::Idle;
+        };
+        let due = oldest.at + self.window;
+        if now < due && self.cost < self.budget.limit() {
+            return Next::WaitUntil(due);
+        }
+        Next::Run(self.fill())
+    }
+
+    fn fill(&mut self) -> Batch {
+        let mut filling = Filling::default();
+        while let Some(oldest) = self.by_arrival.values().next() {
+            let seed = oldest.tokens.clone();
+            let cost = self.budget.cost(&seed, shared(&filling.sequences, &seed));
+            if !filling.sequences.is_empty() && filling.cost + cost > self.budget.limit() {
+                break;
+            }
+            self.take(&seed, cost, &mut filling);
+            self.take_alike(&seed, &mut filling);
+        }
+        filling.into_batch()
+    }
+
+    /// Takes the sequences that share most with `seed`, as far as they may go ahead of older ones.
+    fn take_alike(&mut self, seed: &Tokens, filling: &mut Filling) {
+        let limit = self.budget.limit();
+        loop {
+            let neighbours = neighbours(&self.by_tokens, seed).into_iter().flatten();
+            let Some(closest) = neighbours.max_by_key(|tokens| common_prefix(tokens, seed)) else {
+                return;
+            };
+            let closest = closest.clone();
+            let shared = shared(&filling.sequences, &closest);
+            let cost = self.budget.cost(&closest, shared);
+            let worth_it = shared * SHARED_TO_GO_AHEAD >= closest.len();
+            let fits = filling.cost + cost <= limit && filling.ahead + cost <= limit / AHEAD;
+            if !worth_it || !fits {
+                return;
+            }
+            filling.ahead += cost;
+            self.take(&closest, cost, filling);
+        }
+    }
+
+    fn take(&mut self, tokens: &Tokens, cost: usize, filling: &mut Filling) {
+        let Some(tickets) = self.by_tokens.remove(tokens) else {
+            return;
+        };
+        self.cost -= self.budget.cost(tokens, shared(&self.by_tokens, tokens));
+        for ticket in &tickets {
+            self.by_arrival.remove(ticket);
+        }
+        filling.cost += cost;
+        filling.sequences.insert(tokens.clone(), tickets);
+    }
+}
+
+/// A batch that is being put together.
+#[derive(Default)]
+struct Filling {
+    sequences: BTreeMap<Tokens, Vec<Ticket>>,
+    cost: usize,
+    /// What of it was spent on sequences that went ahead of older ones.
+    ahead: usize,
+}
+
+impl Filling {
+    fn into_batch(self) -> Batch {
+        let mut batch = Batch::default();
+        for (tokens, tickets) in self.sequences {
+            let before = batch.sequences.last().map_or(&[][..], |last| &last.tokens);
+            let shared = common_prefix(before, &tokens);
+            batch.tokens += tokens.len() * tickets.len();
+            batch.unique_tokens += tokens.len() - shared;
+            batch.sequences.push(Scheduled {
+                tokens,
+                tickets,
+                shared,
+            });
+        }
+        batch
+    }
+}
+
+/// The sequences before and after `tokens` in lexicographic order, which share most with it.
+fn neighbours<'a>(
+    sequences: &'a BTreeMap<Tokens, Vec<Ticket>>,
+    tokens: &Tokens,
+) -> [Option<&'a Tokens>; 2] {
+    let before = sequences.range(..tokens.clone()).next_back();
+    let after = sequences.range((Bound::Excluded(tokens.clone()), Bound::Unbounded));
+    [before, after.into_iter().next()].map(|found| found.map(|(tokens, _)| tokens))
+}
+
+/// How many of `tokens` one of the other `sequences` starts with too.
+fn shared(sequences: &BTreeMap<Tokens, Vec<Ticket>>, tokens: &Tokens) -> usize {
+    let neighbours = neighbours(sequences, tokens).into_iter().flatten();
+    let shared = neighbours.map(|other| common_prefix(other, tokens));
+    shared.max().unwrap_or(0)
+}

@@ -1,0 +1,257 @@
+//! Clients that are slow, broken, gone or too many, and the end of the server.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::super::fixtures::{Fixture, HIDDEN};
+use super::{Server, json, read_all};
+
+/// A window that no test sees the end of: what waits for it is in the queue for certain.
+const FOREVER: &str = "3600000";
+
+/// A request for the embedding of "a", as it goes over the wire.
+fn request() -> String {
+    let body = json!({"inputs": "a"}).to_string();
+    let length = body.len();
+    format!(
+        "POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    )
+}
+
+fn is_well(server: &Server) {
+    let found = server.ok("/embed", &json!({"inputs": "a"}));
+    assert_eq!(found[0].as_array().unwrap().len(), HIDDEN);
+}
+
+#[test]
+fn what_is_no_http_closes_its_connection_only() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &[]);
+    let long = format!("GET / HTTP/1.1\r\n{}", "x: y\r\n".repeat(100_000));
+    for garbage in [
+        "\x16\x03\x01 hello",
+        "GET\r\n\r\n",
+        "POST /embed HTTP/9\r\n\r\n",
+        &long,
+    ] {
+        let mut stream = server.connect();
+        // The server may close before all is written.
+        let _ = stream.write_all(garbage.as_bytes());
+        let answer = read_all(&mut stream);
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+            "{answer}"
+        );
+    }
+    let chunked = "POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n\
+                   transfer-encoding: chunked\r\n\r\nzz\r\n";
+    let mut stream = server.connect();
+    stream.write_all(chunked.as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    read_all(&mut stream);
+    is_well(&server);
+}
+
+#[test]
+fn a_head_that_does_not_end_is_given_up() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &["--max-concurrent-requests", "8"]);
+    let mut slow: Vec<_> = (0..8).map(|_| server.connect()).collect();
+    for stream in &mut slow {
+        stream
+            .write_all(b"POST /embed HTTP/1.1\r\nhost: a\r\n")
+            .unwrap();
+    }
+    // Others are served meanwhile.
+    is_well(&server);
+    let answer = read_all(&mut slow[0]);
+    assert!(
+        answer.is_empty() || answer.starts_with("HTTP/1.1 408"),
+        "{answer}"
+    );
+}
+
+#[test]
+fn a_body_that_does_not_end_is_given_up() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &["--request-timeout", "1"]);
+    let mut stream = server.connect();
+    let whole = request();
+    stream
+        .write_all(&whole.as_bytes()[..whole.len() - 1])
+        .unwrap();
+    let answer = read_all(&mut stream);
+    assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+    assert!(answer.contains("not done within 1 s"));
+    is_well(&server);
+}
+
+#[test]
+fn an_answer_that_is_not_read_is_given_up() {
+    let fixture = Fixture::new();
+    let options = [
+        "--max-client-batch-size",
+        "60000",
+        "--max-concurrent-requests",
+        "1",
+    ];
+    let server = Server::start(&fixture, &options);
+    // Some 20 MB of answer, more than the system buffers, of a single sequence.
+    let body = json!({"inputs": vec!["a"; 60_000]}).to_string();
+    let mut stream = server.connect();
+    let head = format!(
+        "POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body.as_bytes()).unwrap();
+    server.wait_for_metric("te_request_duration_count", 1.0);
+    let (status, _) = server.refused("/embed", &json!({"inputs": "a"}));
+    assert_eq!(status, 429);
+    let start = Instant::now();
+    while server.post("/embed", &json!({"inputs": "a"})).status() != 200 {
+        assert!(
+            start.elapsed() < super::DEADLINE,
+            "the answer keeps its room"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(stream);
+}
+
+#[test]
+fn clients_that_leave_take_their_texts_out_of_the_queue() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &["--batch-window", FOREVER]);
+    let mut aborted = server.connect();
+    aborted.write_all(request().as_bytes()).unwrap();
+    let mut half_closed = server.connect();
+    half_closed
+        .write_all(request().replace("\"a\"", "\"b\"").as_bytes())
+        .unwrap();
+    server.wait_for_metric("te_queue_size", 2.0);
+    drop(aborted);
+    server.wait_for_metric("te_queue_size", 1.0);
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    server.wait_for_metric("te_queue_size", 0.0);
+    assert_eq!(server.metric("te_batch_next_size_count"), 0.0);
+}
+
+#[test]
+fn too_many_requests_are_told_so_at_once() {
+    let fixture = Fixture::new();
+    let options = ["--batch-window", FOREVER, "--max-concurrent-requests", "2"];
+    let server = Server::start(&fixture, &options);
+    let mut waiting: Vec<_> = (0..2).map(|_| server.connect()).collect();
+    for stream in &mut waiting {
+        stream.write_all(request().as_bytes()).unwrap();
+    }
+    server.wait_for_metric("te_queue_size", 2.0);
+    let (status, error) = server.refused("/embed", &json!({"inputs": "a"}));
+    assert_eq!((status, &error["error_type"]), (429, &json!("Overloaded")));
+    waiting.clear();
+    server.wait_for_metric("te_queue_size", 0.0);
+    let (status, _) = server.refused("/embed", &json!({"inputs": []}));
+    assert_eq!(status, 400);
+}
+
+#[test]
+fn a_text_that_waits_too_long_is_answered_and_forgotten() {
+    let fixture = Fixture::new();
+    let options = ["--batch-window", FOREVER, "--request-timeout", "1"];
+    let server = Server::start(&fixture, &options);
+    let mut response = server.post("/embed", &json!({"inputs": "a"}));
+    assert_eq!(response.status(), 504);
+    assert_eq!(json(&mut response)["error_type"], "Overloaded");
+    assert_eq!(server.metric("te_queue_size"), 0.0);
+}
+
+#[test]
+fn a_signal_ends_the_server_when_all_is_answered() {
+    let fixture = Fixture::new();
+    for signal in ["TERM", "INT"] {
+        let mut server = Server::start(&fixture, &["--batch-window", "1000"]);
+        let mut waiting = server.connect();
+        waiting.write_all(request().as_bytes()).unwrap();
+        server.wait_for_metric("te_queue_size", 1.0);
+        server.signal(signal);
+        assert!(read_all(&mut waiting).starts_with("HTTP/1.1 200"));
+        assert_eq!(server.wait().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_second_signal_ends_the_server_at_once() {
+    let fixture = Fixture::new();
+    let mut server = Server::start(&fixture, &["--batch-window", FOREVER]);
+    let mut waiting = server.connect();
+    waiting.write_all(request().as_bytes()).unwrap();
+    server.wait_for_metric("te_queue_size", 1.0);
+    server.signal("TERM");
+    // Until the first is taken, the system counts two as one.
+    let start = Instant::now();
+    while std::net::TcpStream::connect(server.address()).is_ok() {
+        assert!(start.elapsed() < super::DEADLINE);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    server.signal("TERM");
+    assert_eq!(server.wait().code(), Some(130));
+}
+
+/// Most memory that the process has had, in MiB.
+fn peak_memory(server: &Server) -> usize {
+    let path = format!("/proc/{}/status", server.process.id());
+    let status = std::fs::read_to_string(path).unwrap();
+    let mut lines = status.lines();
+    let peak = lines.find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    peak.trim()
+        .trim_end_matches(" kB")
+        .parse::<usize>()
+        .unwrap()
+        / 1024
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_stays_bounded_under_load() {
+    let fixture = Fixture::new();
+    let options = [
+        "--max-concurrent-requests",
+        "4",
+        "--max-batch-tokens",
+        "1024",
+    ];
+    let server = Server::start(&fixture, &options);
+    is_well(&server);
+    let before = peak_memory(&server);
+    // 64 clients, half of them with bodies of 1.9 MB; four of them are let in at a time.
+    let huge = json!({"inputs": "x".repeat(1_900_000)});
+    let many = json!({"inputs": vec!["y"; 4096]});
+    let answered = std::thread::scope(|scope| {
+        let clients = (0..64).map(|client| {
+            let body = if client % 2 == 0 { &huge } else { &many };
+            let server = &server;
+            scope.spawn(move || server.post("/embed", body).status().as_u16())
+        });
+        let clients: Vec<_> = clients.collect();
+        clients
+            .into_iter()
+            .map(|client| client.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(answered.len(), 64);
+    assert!(
+        answered
+            .iter()
+            .all(|status| [200, 422, 429].contains(status)),
+        "{answered:?}"
+    );
+    let after = peak_memory(&server);
+    // One body of 1.9 MB is tokenized at a time, in some 300 MiB; four would take 1.1 GiB.
+    assert!(after < before + 600, "{before} MiB grew to {after} MiB");
+    is_well(&server);
+}

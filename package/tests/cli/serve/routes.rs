@@ -1,0 +1,516 @@
+//! What each route answers, and what it refuses.
+
+use radix_mlp::qwen3::{FoldLevel, Pooling};
+use radix_mlp::text::{MaxLength, TextEncoder, reranker};
+use serde_json::{Value, json};
+
+use super::super::fixtures::{CONTEXT, Fixture, HIDDEN, assert_close, embed_alone, fold, tokens};
+use super::{Server, header, json, vector, vectors};
+
+#[test]
+fn embed_takes_texts_and_token_ids() {
+    let fixture = Fixture::new();
+    let (server, model) = (Server::start(&fixture, &[]), fixture.model());
+    let texts = ["shared prefix one", "shared prefix two", "other"];
+    let expected = texts.map(|text| embed_alone(&model, &tokens(text), Pooling::LastToken));
+    let ids: Vec<Vec<u32>> = texts.map(tokens).into();
+    for (inputs, first, count) in [
+        (json!(texts), 0, 3),
+        (json!(ids), 0, 3),
+        (json!(texts[1]), 1, 1),
+        (json!(ids[2]), 2, 1),
+    ] {
+        for route in ["/embed", "/"] {
+            let found = vectors(&server.ok(route, &json!({"inputs": inputs})));
+            assert_eq!(found.len(), count);
+            for (found, expected) in found.iter().zip(&expected[first..]) {
+                assert_close(found, expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn embed_tells_what_it_took() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &["--fold", "full"]);
+    let response = server.post("/embed", &json!({"inputs": ["abcd", "abce", "abce"]}));
+    // Each text and an end token; of the second, three are shared, of the third all.
+    assert_eq!(header(&response, "x-compute-tokens"), 15);
+    assert_eq!(header(&response, "x-folded-tokens"), 8);
+    assert_eq!(header(&response, "x-compute-characters"), 12);
+    for name in [
+        "x-total-time",
+        "x-tokenization-time",
+        "x-queue-time",
+        "x-inference-time",
+    ] {
+        assert!(header(&response, name) < 60_000);
+    }
+    assert_eq!(server.metric("radix_mlp_tokens"), 15.0);
+    assert_eq!(server.metric("radix_mlp_computed_tokens"), 7.0);
+}
+
+#[test]
+fn nothing_is_folded_where_that_is_asked_for() {
+    let fixture = Fixture::new();
+    for (options, computed) in [
+        (["--fold", "none"], 10),
+        (["--radix-mlp-threshold", "0"], 10),
+        (["--radix-mlp-threshold", "0.6"], 10),
+        (["--radix-mlp-threshold", "0.8"], 7),
+        (["--radix-mlp-threshold", "1"], 7),
+        (["--fold", "mlp"], 7),
+    ] {
+        let server = Server::start(&fixture, &options);
+        let response = server.post("/embed", &json!({"inputs": ["abcd", "abce"]}));
+        assert_eq!(
+            header(&response, "x-folded-tokens"),
+            10 - computed,
+            "{options:?}"
+        );
+        assert_eq!(server.metric("radix_mlp_computed_tokens"), computed as f64);
+    }
+}
+
+#[test]
+fn embed_normalizes_and_cuts_dimensions() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &[]);
+    let embed = |options: Value| {
+        let mut body = json!({"inputs": "a text"});
+        body.as_object_mut()
+            .unwrap()
+            .extend(options.as_object().unwrap().clone());
+        vector(&server.ok("/embed", &body)[0])
+    };
+    let raw = embed(json!({"normalize": false}));
+    let norm = |vector: &[f32]| vector.iter().map(|x| x * x).sum::<f32>().sqrt();
+    assert!((norm(&raw) - 1.0).abs() > 0.1);
+    let unit = embed(json!({}));
+    assert_close(
+        &unit,
+        &raw.iter().map(|x| x / norm(&raw)).collect::<Vec<_>>(),
+    );
+    let cut = embed(json!({"dimensions": 5}));
+    assert_close(
+        &cut,
+        &raw[..5]
+            .iter()
+            .map(|x| x / norm(&raw[..5]))
+            .collect::<Vec<_>>(),
+    );
+}
+
+#[test]
+fn the_directory_names_prompts_and_pooling() {
+    let fixture = Fixture::new();
+    let prompts =
+        json!({"prompts": {"query": "find: ", "document": ""}, "default_prompt_name": "query"});
+    fixture.write(
+        "model/config_sentence_transformers.json",
+        &prompts.to_string(),
+    );
+    std::fs::create_dir(fixture.path("model/1_Pooling")).unwrap();
+    let pooling = json!({"pooling_mode_mean_tokens": true, "word_embedding_dimension": HIDDEN});
+    fixture.write("model/1_Pooling/config.json", &pooling.to_string());
+    let (server, model) = (Server::start(&fixture, &[]), fixture.model());
+    for (name, text) in [
+        (json!(null), "find: a"),
+        (json!("query"), "find: a"),
+        (json!("document"), "a"),
+    ] {
+        let found = server.ok("/embed", &json!({"inputs": "a", "prompt_name": name}));
+        assert_close(
+            &vector(&found[0]),
+            &embed_alone(&model, &tokens(text), Pooling::Mean),
+        );
+    }
+    let (status, error) = server.refused("/embed", &json!({"inputs": "a", "prompt_name": "code"}));
+    assert_eq!((status, &error["error_type"]), (422, &json!("Validation")));
+    assert_eq!(
+        error["error"],
+        r#"no prompt is named "code": the model has ["document", "query"]"#
+    );
+    let (status, _) = server.refused("/embed", &json!({"inputs": [1], "prompt_name": "query"}));
+    assert_eq!(status, 422);
+    let info: Value = serde_json::from_str(&server.get("/info")).unwrap();
+    assert_eq!(info["model_type"]["embedding"]["pooling"], "mean");
+
+    let server = Server::start(&fixture, &["--pooling", "cls"]);
+    let found = server.ok("/embed", &json!({"inputs": "a"}));
+    assert_close(
+        &vector(&found[0]),
+        &embed_alone(&model, &tokens("find: a"), Pooling::Cls),
+    );
+}
+
+/// The logit of "yes" less that of "no" after a pair, computed alone.
+fn logit(fixture: &Fixture, query: &str, passage: &str) -> f32 {
+    let model = fixture.model();
+    let encoder = TextEncoder::from_file(&fixture.path("model/tokenizer.json")).unwrap();
+    let prompt = encoder.prompt(reranker::BEFORE, reranker::AFTER).unwrap();
+    let max = MaxLength {
+        tokens: CONTEXT,
+        truncate: false,
+    };
+    let pair = reranker::pair(reranker::INSTRUCTION, query, passage);
+    let tokens = encoder
+        .encode_in_prompt(&[pair], &prompt, max)
+        .remove(0)
+        .unwrap();
+    let fold = fold(&tokens);
+    let states = model.forward(&fold, FoldLevel::None).unwrap();
+    let [yes, no] = ["yes", "no"].map(|token| encoder.token_id(token).unwrap());
+    model.yes_logits(&states, yes, no).unwrap()[0]
+}
+
+#[test]
+fn rerank_scores_pairs_best_first() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &[]);
+    let texts = ["first", "second", "third", "fourth"];
+    let logits = texts.map(|text| logit(&fixture, "which?", text));
+    let request = |options: Value| {
+        let mut body = json!({"query": "which?", "texts": texts});
+        body.as_object_mut()
+            .unwrap()
+            .extend(options.as_object().unwrap().clone());
+        server.ok("/rerank", &body).as_array().unwrap().clone()
+    };
+    let ranks = request(json!({}));
+    let raw = request(json!({"raw_scores": true, "return_text": true}));
+    assert_eq!(ranks.len(), 4);
+    let score = |rank: &Value| rank["score"].as_f64().unwrap() as f32;
+    assert!(
+        ranks
+            .windows(2)
+            .all(|pair| score(&pair[0]) >= score(&pair[1]))
+    );
+    for (rank, raw) in ranks.iter().zip(&raw) {
+        let index = rank["index"].as_u64().unwrap() as usize;
+        assert!(rank.get("text").is_none());
+        assert_eq!(raw["text"], texts[index]);
+        assert_close(&[score(raw)], &[logits[index]]);
+        assert_close(&[score(rank)], &[1.0 / (1.0 + (-logits[index]).exp())]);
+    }
+}
+
+#[test]
+fn openai_embeddings() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &[]);
+    let expected = vectors(&server.ok("/embed", &json!({"inputs": ["one", "three"]})));
+    let answer = server.ok(
+        "/v1/embeddings",
+        &json!({"input": ["one", "three"], "model": "mine"}),
+    );
+    assert_eq!(
+        (&answer["object"], &answer["model"]),
+        (&json!("list"), &json!("mine"))
+    );
+    assert_eq!(
+        answer["usage"],
+        json!({"prompt_tokens": 10, "total_tokens": 10})
+    );
+    for (index, (item, expected)) in answer["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(&expected)
+        .enumerate()
+    {
+        assert_eq!(
+            (&item["object"], &item["index"]),
+            (&json!("embedding"), &json!(index))
+        );
+        assert_close(&vector(&item["embedding"]), expected);
+    }
+    let coded = server.ok(
+        "/v1/embeddings",
+        &json!({"input": "one", "encoding_format": "base64"}),
+    );
+    assert_eq!(coded["model"], "model");
+    let text = coded["data"][0]["embedding"].as_str().unwrap();
+    assert_eq!(text.len(), (4 * HIDDEN).div_ceil(3) * 4);
+}
+
+#[test]
+fn tokenize_tells_ids_and_places() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &[]);
+    let ids = tokens("né");
+    let found = server.ok("/tokenize", &json!({"inputs": "né"}));
+    let found = found[0].as_array().unwrap();
+    // "é" is two bytes, and one character.
+    let places = [
+        json!([0, 1]),
+        json!([1, 2]),
+        json!([1, 2]),
+        json!([null, null]),
+    ];
+    assert_eq!(found.len(), 4);
+    for (index, token) in found.iter().enumerate() {
+        assert_eq!(token["special"], index == 3);
+        assert_eq!(json!([token["start"], token["stop"]]), places[index]);
+        if index != 1 && index != 2 {
+            assert!(ids.contains(&(token["id"].as_u64().unwrap() as u32)));
+        }
+    }
+    let bare = json!({"inputs": ["a", "bc"], "add_special_tokens": false});
+    let bare = server.ok("/tokenize", &bare);
+    assert_eq!(bare[1].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn info_health_metrics_and_docs() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &["--max-batch-tokens", "99", "--auto-truncate"]);
+    let info: Value = serde_json::from_str(&server.get("/info")).unwrap();
+    assert_eq!(info["model_id"], "model");
+    assert_eq!(info["model_dtype"], "float32");
+    assert_eq!(info["max_input_length"], CONTEXT);
+    assert_eq!(info["max_batch_tokens"], 99);
+    assert_eq!(info["auto_truncate"], true);
+    assert_eq!(server.get("/health"), "");
+    server.ok("/embed", &json!({"inputs": "a"}));
+    assert_eq!(server.metric(r#"te_request_count{method="embed"}"#), 1.0);
+    assert_eq!(server.metric("te_request_duration_count"), 1.0);
+    assert_eq!(server.metric("te_batch_next_size_count"), 1.0);
+    let api: Value = serde_json::from_str(&server.get("/api-doc/openapi.json")).unwrap();
+    let routes: Vec<&String> = api["paths"].as_object().unwrap().keys().collect();
+    let expected = [
+        "/embed",
+        "/health",
+        "/info",
+        "/metrics",
+        "/rerank",
+        "/tokenize",
+        "/v1/embeddings",
+    ];
+    assert_eq!(routes, expected);
+    assert!(server.get("/docs/").contains("swagger"));
+}
+
+#[test]
+fn what_is_no_request_is_refused() {
+    let fixture = Fixture::new();
+    let options = ["--max-client-batch-size", "3", "--payload-limit", "5000"];
+    let server = Server::start(&fixture, &options);
+    let long = "x".repeat(CONTEXT);
+    for (route, body, status, kind) in [
+        ("/embed", json!({"inputs": []}), 400, "Empty"),
+        ("/embed", json!({"inputs": [[]]}), 400, "Empty"),
+        ("/rerank", json!({"query": "q", "texts": []}), 400, "Empty"),
+        (
+            "/embed",
+            json!({"inputs": ["a", "b", "c", "d"]}),
+            413,
+            "Validation",
+        ),
+        (
+            "/embed",
+            json!({"inputs": "x".repeat(5000)}),
+            413,
+            "Validation",
+        ),
+        (
+            "/embed",
+            json!({"inputs": long, "truncate": false}),
+            422,
+            "Validation",
+        ),
+        (
+            "/embed",
+            json!({"inputs": vec![1; CONTEXT + 1]}),
+            422,
+            "Validation",
+        ),
+        (
+            "/rerank",
+            json!({"query": long, "texts": ["a"]}),
+            422,
+            "Validation",
+        ),
+        ("/embed", json!({"inputs": [1_000_000]}), 422, "Validation"),
+        ("/embed", json!({"inputs": [-1]}), 422, "Validation"),
+        ("/embed", json!({"inputs": [1.5]}), 422, "Validation"),
+        ("/embed", json!({"inputs": ["a", 1]}), 422, "Validation"),
+        ("/embed", json!({"inputs": null}), 422, "Validation"),
+        ("/embed", json!({}), 422, "Validation"),
+        ("/embed", json!([]), 422, "Validation"),
+        (
+            "/embed",
+            json!({"inputs": "a", "dimensions": 0}),
+            422,
+            "Validation",
+        ),
+        (
+            "/embed",
+            json!({"inputs": "a", "dimensions": HIDDEN + 1}),
+            422,
+            "Validation",
+        ),
+        (
+            "/embed",
+            json!({"inputs": "a", "truncation_direction": "Left"}),
+            422,
+            "Validation",
+        ),
+        (
+            "/rerank",
+            json!({"query": "q", "texts": "a"}),
+            422,
+            "Validation",
+        ),
+        ("/tokenize", json!({"inputs": [1]}), 422, "Validation"),
+    ] {
+        let (found, error) = server.refused(route, &body);
+        assert_eq!(
+            (found, &error["error_type"]),
+            (status, &json!(kind)),
+            "{body}: {error}"
+        );
+        assert!(error["error"].as_str().is_some_and(|text| !text.is_empty()));
+    }
+    let (status, error) = server.refused("/v1/embeddings", &json!({"input": []}));
+    assert_eq!(status, 400);
+    assert_eq!(
+        error,
+        json!({"message": "inputs must not be empty", "code": 400, "type": "Empty"})
+    );
+    assert!(server.metric(r#"te_request_failure{err="422"}"#) >= 10.0);
+    // What was refused left nothing behind.
+    server.ok("/embed", &json!({"inputs": "a"}));
+}
+
+#[test]
+fn clients_that_send_too_much_are_told_so() {
+    let fixture = Fixture::new();
+    let server = Server::start(
+        &fixture,
+        &["--payload-limit", "1000", "--api-key", "secret"],
+    );
+    // More than the system buffers: the answer comes when all is sent.
+    let body = json!({"inputs": "x".repeat(20_000_000)});
+    let (status, _) = server.refused("/embed", &body);
+    assert_eq!(status, 401);
+    let request = server.agent.post(format!("{}/embed", server.url));
+    let request = request.header("authorization", "Bearer secret");
+    let mut response = request.send_json(body).unwrap();
+    assert_eq!(response.status(), 413);
+    let message = "20000018 bytes are more than the 1000 of --payload-limit";
+    assert_eq!(json(&mut response)["error"], message);
+}
+
+#[test]
+fn a_body_must_be_json() {
+    let fixture = Fixture::new();
+    let server = Server::start(&fixture, &[]);
+    let deep = "[".repeat(100_000);
+    for (kind, body, status) in [
+        ("application/json", "{\"inputs\": ", 422),
+        ("application/json", "", 422),
+        ("application/json", &deep, 422),
+        ("text/plain", "{\"inputs\": \"a\"}", 415),
+    ] {
+        let request = server.agent.post(format!("{}/embed", server.url));
+        let mut response = request.content_type(kind).send(body).unwrap();
+        assert_eq!(response.status(), status);
+        assert_eq!(json(&mut response)["error_type"], "Validation");
+    }
+}
+
+#[test]
+fn long_texts_are_cut_where_that_is_asked_for() {
+    let fixture = Fixture::new();
+    let long = "ab".repeat(CONTEXT);
+    let cut = json!({"inputs": &long[..CONTEXT - 1]});
+    let server = Server::start(&fixture, &["--auto-truncate"]);
+    let expected = vector(&server.ok("/embed", &cut)[0]);
+    assert_close(
+        &vector(&server.ok("/embed", &json!({"inputs": long}))[0]),
+        &expected,
+    );
+    let (status, _) = server.refused("/embed", &json!({"inputs": long, "truncate": false}));
+    assert_eq!(status, 422);
+    let server = Server::start(&fixture, &[]);
+    let asked = json!({"inputs": long, "truncate": true, "truncation_direction": "right"});
+    assert_close(&vector(&server.ok("/embed", &asked)[0]), &expected);
+    server.ok(
+        "/rerank",
+        &json!({"query": "q", "texts": [long], "truncate": true}),
+    );
+}
+
+#[test]
+fn a_key_is_needed_where_there_is_one() {
+    let fixture = Fixture::new();
+    let mut command = fixture.command(&["serve", "-m", "model", "--port", "0"]);
+    command.env("RADIX_MLP_API_KEY", "secret");
+    let server = Server::spawn(command);
+    let embed = |key: Option<&str>| {
+        let mut request = server.agent.post(format!("{}/embed", server.url));
+        if let Some(key) = key {
+            request = request.header("authorization", key);
+        }
+        request
+            .send_json(json!({"inputs": "a"}))
+            .unwrap()
+            .status()
+            .as_u16()
+    };
+    for wrong in [
+        None,
+        Some("Bearer secre"),
+        Some("Bearer secret2"),
+        Some("secret"),
+    ] {
+        assert_eq!(embed(wrong), 401);
+    }
+    assert_eq!(embed(Some("Bearer secret")), 200);
+    let (status, error) = server.refused("/v1/embeddings", &json!({"input": "a"}));
+    assert_eq!((status, &error["type"]), (401, &json!("Unauthorized")));
+    // Whoever watches the server needs none.
+    server.get("/health");
+    server.get("/metrics");
+}
+
+#[test]
+fn a_model_without_head_does_not_score() {
+    let fixture = Fixture::new();
+    let path = fixture.path("model/config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["tie_word_embeddings"] = json!(false);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let server = Server::start(&fixture, &[]);
+    server.ok("/embed", &json!({"inputs": "a"}));
+    let (status, error) = server.refused("/rerank", &json!({"query": "q", "texts": ["a"]}));
+    assert_eq!((status, &error["error_type"]), (422, &json!("Validation")));
+}
+
+#[test]
+fn options_that_make_no_sense_are_refused() {
+    let fixture = Fixture::new();
+    for options in [
+        ["--radix-mlp-threshold", "1.5"],
+        ["--radix-mlp-threshold", "x"],
+        ["--max-batch-tokens", "0"],
+        ["--max-client-batch-size", "70000"],
+        ["--request-timeout", "0"],
+        ["--host", "nowhere"],
+    ] {
+        let output = fixture.run(&[&["serve", "-m", "model"], &options[..]].concat());
+        assert_eq!(output.status.code(), Some(2), "{options:?}");
+    }
+    let error = fixture.fail(&["serve", "-m", "absent"]);
+    assert!(error.contains("absent"), "{error}");
+    let server = Server::start(&fixture, &[]);
+    let port = server.address().rsplit(':').next().unwrap();
+    let error = fixture.fail(&["serve", "-m", "model", "--port", port]);
+    assert!(
+        error.contains(&format!("cannot listen on 127.0.0.1:{port}")),
+        "{error}"
+    );
+}
