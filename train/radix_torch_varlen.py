@@ -1,0 +1,367 @@
+"""Qwen3 in torch with prefixes computed once: the whole of RadixMLP in one file.
+
+In a causal transformer the state of a token depends on the tokens before it and on nothing else. A batch of sequences
+that start alike is a trie, and all tokens that stand at the same node of it have the same state in every layer. So the
+batch is packed without padding, folded onto its trie, and every node is a row that is computed once.
+
+How much is folded is one argument, `Level`:
+
+    none    a row for each of the N tokens; nothing is folded
+    mlp     a row for each of the N' nodes in all that works token by token: embedding, norms, projections, rotary
+            positions, MLP. Queries, keys and values are unfolded to N rows in every layer, and the attention's output
+            is folded again (RadixMLP, arXiv 2601.15013)
+    full    N' rows everywhere: a node attends to its path in the trie, and the loss has one row of logits for a node
+
+Read `Batch` first, then `Attention.forward`, then `Qwen3.loss`; the rest is Qwen3 as everybody has it. README.md has
+the mathematics, the files test_*.py and proof_*.py the evidence.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from radix_mlp import Fold
+from radix_mlp.torch import attention, cross_entropy, next_token_labels
+from radix_mlp.torch.dispatch import Backend
+
+Level = Literal["none", "mlp", "full"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences, folded for one level.
+
+    `fold` is what is computed: the trie of the batch, or at level "none" one that shares nothing. `tokens` is the
+    batch with nothing shared: what attention sees at level "mlp", and the loss at "none" and "mlp".
+    `input_ids` and `position_ids` are int64 [rows], `labels` int64 [N], `scatter_indices` and `fold_gather` int64 [N]
+    and [rows] as in `Fold`.
+    """
+
+    level: Level
+    fold: Fold
+    tokens: Fold
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    scatter_indices: Tensor
+    fold_gather: Tensor
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: list[list[int]],
+        level: Level = "full",
+        device: str | torch.device = "cpu",
+        first_position: int = 0,
+    ) -> "Batch":
+        """Fold `sequences` of token ids, whose positions count from `first_position`. Labels are the next tokens."""
+        lengths = [len(sequence) for sequence in sequences]
+        ids = np.array([token for sequence in sequences for token in sequence], np.int64)
+        positions = np.concatenate([np.arange(n) + first_position for n in lengths] or [ids])
+        bounds = np.cumsum([0, *lengths])
+        fold = partial(Fold, ids, positions, bounds, layout="depth_first")
+        # Sequences with different salts share nothing: their trie has a node for each token, in the order of tokens.
+        tokens = fold(salts=np.arange(len(sequences)))
+        folded = tokens if level == "none" else fold()
+
+        def tensor(values: Any) -> Tensor:
+            return torch.from_numpy(values.astype(np.int64)).to(device)
+
+        return cls(
+            level,
+            folded,
+            tokens,
+            tensor(folded.input_ids),
+            tensor(folded.position_ids),
+            next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds)).to(device),
+            tensor(folded.scatter_indices),
+            tensor(folded.fold_gather),
+        )
+
+    def unfold(self, rows: Tensor) -> Tensor:
+        """The row of each token: [rows, ...] to [N, ...]."""
+        return rows if self.level == "none" else _Unfold.apply(rows, self)  # type: ignore[no-untyped-call]
+
+    def fold_rows(self, tokens: Tensor) -> Tensor:
+        """The first token of each row: [N, ...] to [rows, ...]. Its copies hold the same, so any of them would do."""
+        return tokens if self.level == "none" else tokens.index_select(0, self.fold_gather)
+
+
+class _Unfold(torch.autograd.Function):
+    """Copies of rows; backward, a row's gradient is the sum of those of its copies.
+
+    `index_select` would add them one by one, in any order: sorted by row once a batch, they are sums of segments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return rows.index_select(0, batch.scatter_indices)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        fold: Fold = ctx.batch.fold
+        order, copies = fold.derived(("copies", gradient.device), lambda: _copies(fold, gradient.device))
+        # In float32 at least: a prompt may have hundreds of copies.
+        sorted_copies = gradient.index_select(0, order).flatten(1).to(_precise(gradient.dtype))
+        summed = torch.segment_reduce(sorted_copies, "sum", lengths=copies, axis=0, unsafe=True)
+        return summed.to(gradient.dtype).view(-1, *gradient.shape[1:]), None
+
+
+def _copies(fold: Fold, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tokens in the order of their rows [N], and how many each row has [rows]."""
+    scatter = fold.scatter_indices.astype(np.int64)
+    order = torch.from_numpy(np.argsort(scatter, kind="stable")).to(device)
+    return order, torch.from_numpy(np.bincount(scatter, minlength=fold.num_rows)).to(device)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class UnsupportedConfigError(ValueError):
+    """A config.json that this model would not compute as its authors meant it."""
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The sizes of a Qwen3, by the names of its config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    # {"rope_theta", "rope_type": "default", "linear" or "yarn", and what that needs}
+    rope_parameters: dict[str, Any] | None = None
+    # For each layer the number of tokens that it sees, itself included; None for all.
+    windows: tuple[int | None, ...] | None = None
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Qwen3Config":
+        """Read a Hugging Face config.json, of transformers 4 or 5. Raises UnsupportedConfigError."""
+        values = json.loads(path.read_text())
+        for name, expected in (("model_type", "qwen3"), ("hidden_act", "silu")):
+            if values.get(name, expected) != expected:
+                raise UnsupportedConfigError(f"{name} is {values[name]!r} in {path}, expected {expected!r}")
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope = {"rope_theta": values.get("rope_theta", 10_000.0), **rope}
+        rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        config = cls(
+            **{name: values[name] for name in cls.__dataclass_fields__ if name in values and name != "rope_parameters"},
+            rope_parameters=rope,
+            windows=_windows(values),
+        )
+        rotary_frequencies(config)
+        return config
+
+
+def _windows(values: dict[str, Any]) -> tuple[int | None, ...]:
+    layers = values["num_hidden_layers"]
+    window = values.get("sliding_window") if values.get("use_sliding_window") else None
+    first = values.get("max_window_layers", layers)
+    default = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in values.get("layer_types") or default)
+
+
+def rotary_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
+    """Radians a position [head_dim / 2], float32, and the factor of all cosines and sines.
+
+    RoFormer (arXiv 2104.09864), with linear interpolation (arXiv 2306.15595) or YaRN (arXiv 2309.00071). Raises
+    UnsupportedConfigError.
+    """
+    rope = config.rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
+    base, half = rope["rope_theta"], config.head_dim // 2
+    frequencies = 1.0 / base ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / rope["factor"], 1.0
+    if kind != "yarn" or rope.get("mscale") or rope.get("mscale_all_dim"):
+        raise UnsupportedConfigError(f"rope_parameters {rope} are not supported: expected default, linear or yarn")
+
+    def dimension(turns: float) -> float:
+        """The dimension that turns so often within the context that the model was trained for."""
+        return half * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi)) / math.log(base)
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    # Dimensions that turn often stay; those that never turn once are interpolated.
+    interpolated = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    factor = rope["factor"]
+    attention_factor = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return frequencies / factor * interpolated + frequencies * (1 - interpolated), attention_factor
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, in float32 at least (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = x.to(_precise(x.dtype))
+        return self.weight * (precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x [rows, heads, head_dim]; cos and sin are [rows, 1, head_dim]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: Qwen3Config, window: int | None) -> None:
+        super().__init__()
+        hidden, bias, self.head_dim, self.window = config.hidden_size, config.attention_bias, config.head_dim, window
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, queries, bias=bias)
+        self.k_proj = nn.Linear(hidden, keys, bias=bias)
+        self.v_proj = nn.Linear(hidden, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, hidden, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, backend: Backend | None) -> Tensor:
+        # One row a node: a projection does not know how many sequences will ask for it.
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if batch.level == "mlp":
+            # Every token is a query again, of its own sequence's keys.
+            q, k, v = batch.unfold(q), batch.unfold(k), batch.unfold(v)
+            mixed = attention(q, k, v, batch.tokens, window=self.window, backend=backend)
+            mixed = batch.fold_rows(mixed)
+        else:
+            # A node attends to its path: at level "none" the path is its sequence.
+            mixed = attention(q, k, v, batch.fold, window=self.window, backend=backend)
+        projected: Tensor = self.o_proj(mixed.flatten(1))
+        return projected
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Qwen3Config, window: int | None) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config, window), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        summed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return summed
+
+
+class Qwen3(nn.Module):
+    """Hidden states, logits and loss of a `Batch`, at the batch's level."""
+
+    def __init__(self, config: Qwen3Config, *, backend: Backend | None = None, checkpointing: bool = False) -> None:
+        """`backend` is that of `radix_mlp.torch.attention`. With `checkpointing` the backward pass computes each
+        layer's activations again instead of keeping them."""
+        super().__init__()
+        self.config, self.backend, self.checkpointing = config, backend, checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        windows = config.windows or (None,) * config.num_hidden_layers
+        self.layers = nn.ModuleList(Layer(config, window) for window in windows)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> "Qwen3":
+        """Load a Hugging Face directory: config.json, and model.safetensors or its shards.
+
+        Weights keep their dtype where none is given; `options` are those of `Qwen3`. Raises UnsupportedConfigError, and
+        RuntimeError where tensors are missing or have another shape.
+        """
+        directory = Path(directory)
+        config = Qwen3Config.from_file(directory / "config.json")
+        with torch.device("meta"):
+            model = cls(config, **options)
+        weights: dict[str, Tensor] = {}
+        for file in _weight_files(directory):
+            weights |= {name.removeprefix("model."): x.to(device, dtype) for name, x in load_file(file).items()}
+        if config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        model.load_state_dict(weights, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states after the last norm, [rows, hidden]; `batch.unfold` brings them to the N tokens."""
+        x: Tensor = self.embed_tokens(batch.input_ids)
+        frequencies, factor = rotary_frequencies(self.config)
+        # Angles need more digits than bfloat16 has; only their cosines and sines are rounded.
+        angles = batch.position_ids.to(_precise(x.dtype))[:, None, None] * frequencies.to(x.device)
+        cos, sin = ((f(angles) * factor).repeat(1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        for layer in self.layers:
+            context = (x, cos, sin, batch, self.backend)
+            x = checkpoint(layer, *context, use_reentrant=False) if self.checkpointing else layer(*context)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every token, [N, vocabulary]; each row of them is computed once."""
+        return batch.unfold(self.lm_head(self(batch)))
+
+    def loss(self, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        """The mean cross entropy of the next tokens, each times its weight if `weights` [N] are given.
+
+        At level "full" a row of logits serves all tokens at its node, whose labels differ where the trie branches. The
+        paper's level unfolds before the head.
+        """
+        states = self(batch)
+        head = self.lm_head.weight
+        if batch.level == "full":
+            return cross_entropy(states, head, batch.fold, batch.labels, weights=weights)
+        return cross_entropy(batch.unfold(states), head, batch.tokens, batch.labels, weights=weights)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return [directory / "model.safetensors"]
+    return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
