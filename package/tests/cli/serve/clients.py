@@ -5,6 +5,7 @@ from base64 import b64decode
 
 import numpy as np
 import openai
+import pytest
 from huggingface_hub import InferenceClient
 
 # Sums in another order: the same number to 1e-5 where vectors have length 1.
@@ -41,12 +42,9 @@ def main() -> None:
         (client, {"input": []}, openai.BadRequestError),
         (client, {"input": "a", "dimensions": 10_000}, openai.UnprocessableEntityError),
     ]:
-        try:
+        with pytest.raises(error) as refused:
             caller.embeddings.create(model="any", **arguments)
-        except error as refused:
-            assert refused.type
-        else:
-            raise AssertionError(f"{arguments} should raise {error}")
+        assert refused.value.type
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ mod reliability;
 mod routes;
 mod sharing;
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::net::TcpStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -167,7 +167,9 @@ fn vectors(value: &Value) -> Vec<Vec<f32>> {
 /// What the server sends until it closes the connection.
 fn read_all(stream: &mut TcpStream) -> String {
     let mut answer = Vec::new();
-    // A connection that is reset is closed too.
-    let _ = stream.read_to_end(&mut answer);
+    if let Err(error) = stream.read_to_end(&mut answer) {
+        // A connection that is reset is closed too.
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
     String::from_utf8_lossy(&answer).into_owned()
 }

@@ -110,6 +110,8 @@ fn an_answer_that_is_not_read_is_given_up() {
     stream.write_all(head.as_bytes()).unwrap();
     stream.write_all(body.as_bytes()).unwrap();
     server.wait_for_metric("te_request_duration_count", 1.0);
+    // As long as a well-meaning client may be thinking.
+    std::thread::sleep(Duration::from_secs(1));
     let (status, _) = server.refused("/embed", &json!({"inputs": "a"}));
     assert_eq!(status, 429);
     let start = Instant::now();

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
@@ -97,12 +97,24 @@ pub async fn admit(State(guard): State<Arc<Guard>>, request: Request, next: Next
         answer.unwrap_or_else(|_| ApiError::timeout(guard.timeout.as_secs()).into_response());
     let mut rooms = vec![Room::new(request_permit), Room::new(bytes_permit)];
     rooms.extend(response.extensions_mut().remove::<Room>());
-    response.map(|body| Body::new(Held { body, rooms }))
+    response.map(|body| {
+        Body::new(Held {
+            body,
+            rest: Bytes::new(),
+            rooms,
+        })
+    })
 }
 
-/// A body that keeps its room until it is sent or given up.
+/// Bytes of an answer that are handed to the connection at once.
+const CHUNK: usize = 1 << 16;
+
+/// A body that keeps its room until its client has read it, but for what the connection buffers, or
+/// is gone.
 struct Held {
     body: Body,
+    /// What the body has given and the connection has not taken.
+    rest: Bytes,
     #[expect(dead_code, reason = "held until it is dropped")]
     rooms: Vec<Room>,
 }
@@ -115,14 +127,26 @@ impl HttpBody for Held {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        if self.rest.is_empty() {
+            match ready!(Pin::new(&mut self.body).poll_frame(context))
+                .map(|f| f.map(Frame::into_data))
+            {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        let length = self.rest.len().min(CHUNK);
+        Poll::Ready(Some(Ok(Frame::data(self.rest.split_to(length)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
+        // Asked for before the first frame, when nothing is left over.
         self.body.size_hint()
     }
 }
