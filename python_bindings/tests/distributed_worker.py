@@ -1,0 +1,91 @@
+"""One of several processes that train a folded model; torchrun starts it. Argument: "ddp" or "fsdp"."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from radix_mlp.torch import BalancedBatchSampler
+from radix_mlp.transformers import fold
+
+# Groups of three completions, of different lengths, so that ranks have different numbers of tokens.
+GROUPS = [[[1, 2, 3, group, *range(group)] + [tail] * 4 for tail in range(3)] for group in range(4, 12)]
+SEQUENCES = [sequence for group in GROUPS for sequence in group]
+LABELS = sum(len(sequence) - 1 for sequence in SEQUENCES)
+
+
+def make() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
+        tie_word_embeddings=False,
+    )
+    model: Qwen3ForCausalLM = Qwen3ForCausalLM(config).double()
+    return model
+
+
+def padded(indices: list[int]) -> dict[str, Tensor]:
+    rows = [torch.tensor(SEQUENCES[index]) for index in indices]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def wrap(model: nn.Module, kind: str) -> nn.Module:
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    decoder: Any = model.model
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def main() -> None:
+    distributed.init_process_group("gloo")
+    ranks = distributed.get_world_size()
+    plain = make().train()
+    everything = padded(list(range(len(SEQUENCES))))
+    labels = everything.pop("labels")[:, 1:]
+    # In float64, where transformers' own loss is float32.
+    logits = plain(**everything).logits[:, :-1]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.autograd.backward(loss)
+
+    model = fold(make().train())
+    wrapped = wrap(model, sys.argv[1])
+    sampler = BalancedBatchSampler(SEQUENCES, unique_tokens=1000)
+    (batch,) = sampler
+    assert len(batch) < len(SEQUENCES)
+    # Gradients are averaged over ranks: each loss is divided by its share of the labels of all.
+    wrapped(**padded(batch), num_items_in_batch=LABELS / ranks).loss.backward()
+
+    expected = {name: whole(parameter.grad) for name, parameter in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        difference = (whole(parameter.grad) - expected[name]).abs().max() / expected[name].abs().max()
+        # transformers' norms are float32 in every model, and round to 6e-8.
+        assert difference < 1e-6, f"{name} differs by {difference:.1e}"
+    assert len(list(model.named_parameters())) == len(expected)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
