@@ -4,7 +4,7 @@ Each configuration is a server of its own, with all cores, started in turn; roun
 the machine meets all of them. The model is a Qwen3 of 100M parameters with random weights. Where vLLM's CPU build is on
 the PATH, it is measured too, without and with its cache of prefixes.
 
-    python benchmark/rest/run.py           # three quarters of an hour, on an idle machine; rewrites results/rest.json
+    python benchmark/rest/run.py           # half an hour, on an idle machine; rewrites results/rest.json
     python benchmark/rest/run.py --quick   # two requests, writes nothing: does it run?
     python benchmark/rest/run.py --plot    # draws the plot from the JSON result
 """
@@ -38,7 +38,7 @@ from rest.traffic import Texts, requests, shared_prefixes  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "rest.json"
 MODEL = ROOT / "target" / "rest" / "model"
-ROUNDS, REQUESTS, PAIRS, CONCURRENCY = 2, 48, 16, 16
+ROUNDS, REQUESTS, PAIRS, CONCURRENCY = 2, 32, 16, 16
 # Of vectors of length 1: sums of 768 terms in another order, in f32, through 12 layers.
 TOLERANCE = 1e-4
 SHARED_WORDS = [0, 8, 32, 96]
