@@ -26,6 +26,7 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import radix_mlp.sentence_transformers
 from radix_mlp.sentence_transformers import encode, predict
 
 # f32, embeddings of norm 1 and scores around 1: sums in another order.
@@ -90,6 +91,25 @@ def test_one_batch_computes_each_node_once(embedder: SentenceTransformer) -> Non
     encode(embedder, TEXTS, prompt=PROMPT)
     # The prompt, then w5 w6 (w7 | w8), w20 w21 w22 w23, w30 w31.
     assert rows == [4 + 4 + 4 + 2]
+
+
+def test_many_texts_behind_a_long_prompt_are_not_padded_at_once(
+    embedder: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = embedder.encode(TEXTS, prompt=PROMPT)
+    shapes: list[int] = []
+    monkeypatch.setattr(radix_mlp.sentence_transformers, "MAX_PLACES", 20)
+    encode_once = embedder.encode
+
+    def counted(texts: list[str], **own: Any) -> Any:
+        shapes.append(len(texts))
+        return encode_once(texts, **own)
+
+    monkeypatch.setattr(embedder, "encode", counted)
+    assert np.abs(encode(embedder, TEXTS, prompt=PROMPT) - expected).max() < TOLERANCE
+    # Seven or eight tokens each, the prompt included.
+    assert max(shapes) == 2
+    assert sum(shapes) == len(TEXTS)
 
 
 def test_encode_takes_the_options_of_encode(embedder: SentenceTransformer) -> None:

@@ -4,7 +4,7 @@ Its own `encode` and `predict` sort texts by length, which parts those that shar
 by what their texts share: an instruction before every text, a query before every document.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,8 @@ from radix_mlp.transformers import folded, is_folded
 
 # Of one planned batch: as many as keep a GPU busy with a small model.
 UNIQUE_TOKENS = 16_384
+# Places [texts × longest text] of one batch's states, which leave the model padded however much is shared.
+MAX_PLACES = 1 << 19
 # Inputs that are tokenised at once for the plan.
 CHUNK = 256
 # Options of `encode` and `predict` that change the tokens.
@@ -80,7 +82,10 @@ def _in_planned_batches(
         raise ValueError("a folded model runs on one device: neither pool nor a list of devices can be given")
     # Rows of an array would be arrays themselves, which sentence-transformers takes for audio.
     inputs = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
-    plan = plan_batches(_token_ids(model, inputs, options), unique_tokens=unique_tokens)
+    token_ids = _token_ids(model, inputs, options)
+    batches = plan_batches(token_ids, unique_tokens=unique_tokens)
+    lengths = [len(ids) for ids in token_ids]
+    plan = [part for batch in batches for part in _within_places(batch, lengths)]
     # Disabled by None, tqdm shows on a terminal only.
     hidden = None if show_progress_bar is None else not show_progress_bar
     parts = []
@@ -93,6 +98,19 @@ def _in_planned_batches(
             parts.append(run(own, batch_size=len(own), show_progress_bar=False, **options))
             bar.update(len(batch))
     return restore_order(_join(parts), plan)
+
+
+def _within_places(batch: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """`batch` in parts that take at most MAX_PLACES when padded; a longer text is a part of its own."""
+    part: list[int] = []
+    longest = 0
+    for index in batch:
+        longest = max(longest, lengths[index])
+        if part and (len(part) + 1) * longest > MAX_PLACES:
+            yield part
+            part, longest = [], lengths[index]
+        part.append(index)
+    yield part
 
 
 def _token_ids(model: Any, inputs: list[Any], options: dict[str, Any]) -> list[Any]:
