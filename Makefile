@@ -49,6 +49,9 @@ bench: python
 	cargo bench -p radix_mlp --bench fold
 	$(BIN)/python benchmark/fold_vs_published.py
 	$(BIN)/python benchmark/cpu_forward/run.py
+	$(BIN)/python benchmark/scheduler/simulate.py
+	$(BIN)/python benchmark/rest/run.py
+	$(BIN)/python train/grpo.py
 
 # The same on a CUDA GPU, an H200 for the committed results.
 bench-gpu: python
@@ -57,6 +60,7 @@ bench-gpu: python
 	$(BIN)/python benchmark/gpu_forward/plot.py
 	$(BIN)/python benchmark/gpu_attention/measure.py --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_attention/measure.py --plot
+	$(BIN)/python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
 
 # Needs a nightly toolchain and `cargo install cargo-fuzz`.
 fuzz:

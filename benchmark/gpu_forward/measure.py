@@ -18,7 +18,6 @@ the host lies within both. "peak_gib" is what the first call allocates beside th
     python benchmark/gpu_forward/measure.py --smoke --out target/smoke.json    # a tiny model: does it run?
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -38,8 +37,8 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 from gpu_forward.batches import Batch, load, unshared  # noqa: E402
 from gpu_forward.flips import flips  # noqa: E402
-from gpu_forward.models import SHAPES, padded, random_model, twin  # noqa: E402
-from gpu_forward.record import Record  # noqa: E402
+from gpu_forward.models import padded, random_model, twin  # noqa: E402
+from gpu_forward.record import Record, arguments  # noqa: E402
 from gpu_forward.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import pick_backend  # noqa: E402
@@ -246,31 +245,14 @@ def show(row: dict[str, Any]) -> None:
     print(f"  {json.dumps({key: row[key] for key in ('backend', 'fold_ms', 'difference', 'flips') if key in row})}")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-4b", "qwen3-8b"])
-    parser.add_argument("--batches-file", type=Path, help="what batches.py wrote; none: the synthetic ones only")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="the batches to run")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, default=RESULT, help="keeps the other rows of the file")
-    parser.add_argument("--commit", help="where there is no git to ask")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and small batches, one round")
-    arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.shapes, arguments.rounds = ["tiny"], 1
-        if arguments.out == RESULT:
-            parser.error("--smoke measures nothing: name another file with --out")
-    return arguments
-
-
 def main() -> None:
-    arguments = parse()
-    record = Record(arguments.out, arguments.commit, ("shape", "batch"))
-    batches = load(arguments.batches_file, arguments.only, smoke=arguments.smoke)
-    for shape in arguments.shapes:
+    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11, only=True)
+    record = Record(given.out, given.commit, ("shape", "batch"))
+    batches = load(given.batches_file, given.only, smoke=given.smoke)
+    for shape in given.shapes:
         model = random_model(shape, DEVICE)
         for name in tqdm(batches, desc=shape):
-            row = {"shape": shape, "batch": name} | measure(model, batches[name], arguments.rounds)
+            row = {"shape": shape, "batch": name} | measure(model, batches[name], given.rounds)
             release()
             if shape in ("tiny", "qwen3-0.6b"):
                 row["flips"] = flips(model, batches[name], pairs=name == "rerank")

@@ -1,5 +1,6 @@
 """JSON results that several runs fill, and what they say of the machine and the code."""
 
+import argparse
 import json
 import platform
 from datetime import datetime, timezone
@@ -10,6 +11,7 @@ import torch
 import transformers
 import triton
 
+from gpu_forward.models import SHAPES
 from machine import cpu, output_of
 
 
@@ -45,6 +47,25 @@ class Record:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n")
+
+
+def arguments(description: str | None, result: Path, shapes: list[str], rounds: int, *, only: bool = False) -> Any:
+    """What the measuring scripts of the GPU take: see their help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
+    parser.add_argument("--batches-file", type=Path, help="what batches.py wrote; none: the synthetic ones only")
+    if only:
+        parser.add_argument("--only", nargs="+", metavar="NAME", help="the batches to run")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--out", type=Path, default=result, help="keeps the other rows of the file")
+    parser.add_argument("--commit", help="where there is no git to ask")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and small batches, one round")
+    given = parser.parse_args()
+    if given.smoke:
+        given.shapes, given.rounds = ["tiny"], 1
+        if given.out == result:
+            parser.error("--smoke measures nothing: name another file with --out")
+    return given
 
 
 def environment() -> dict[str, dict[str, Any]]:

@@ -19,7 +19,27 @@ if TYPE_CHECKING:
 Values = TypeVar("Values", list[Any], Tensor, np.ndarray[Any, Any])
 
 
-class PrefixBatchSampler(Sampler[list[int]]):
+class _BatchSampler(Sampler[list[int]]):
+    """Batches that stay as they are, in another order each epoch with `shuffle`."""
+
+    def __init__(self, batches: list[list[int]], *, shuffle: bool, seed: int) -> None:
+        self.batches, self.shuffle, self.seed, self.epoch = batches, shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.shuffle:
+            return iter(self.batches)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.batches), generator=generator)
+        return (self.batches[i] for i in order.tolist())
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class PrefixBatchSampler(_BatchSampler):
     """Indices of `sequences` in batches, for a DataLoader's `batch_sampler`.
 
     Batches are those of `plan_batches`: of at most `unique_tokens` different nodes, or of at most `tokens` tokens,
@@ -38,20 +58,12 @@ class PrefixBatchSampler(Sampler[list[int]]):
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
-        self.batches = plan_batches(sequences, unique_tokens=unique_tokens, tokens=tokens)
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return _shuffled(self.batches, self.seed + self.epoch if self.shuffle else None)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        super().__init__(
+            plan_batches(sequences, unique_tokens=unique_tokens, tokens=tokens), shuffle=shuffle, seed=seed
+        )
 
 
-class BalancedBatchSampler(Sampler[list[int]]):
+class BalancedBatchSampler(_BatchSampler):
     """One rank's batches for data-parallel training: in each step all ranks compute about as many unique tokens.
 
     `sequences` are those of the whole epoch, the same on every rank. Sequences of one group, as the completions of a
@@ -92,25 +104,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
             raise ValueError(f"groups must name the group of each of {len(sequences)} sequences, got {len(groups)}")
         units = _units(sequences, _groups(sequences, groups), unique_tokens)
         steps = _balanced(sequences, units, replicas, unique_tokens)
-        self.batches = [step[rank] for step in steps]
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return _shuffled(self.batches, self.seed + self.epoch if self.shuffle else None)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _shuffled(batches: list[list[int]], seed: int | None) -> Iterator[list[int]]:
-    """`batches` in an order drawn from `seed`, as they are without one."""
-    if seed is None:
-        return iter(batches)
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
-    return (batches[i] for i in order.tolist())
+        super().__init__([step[rank] for step in steps], shuffle=shuffle, seed=seed)
 
 
 # Indices of sequences that are computed together, and their unique tokens.
