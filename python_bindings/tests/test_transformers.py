@@ -187,17 +187,18 @@ def test_gradient_modes(model: Any, batch: dict[str, Tensor], mode: Callable[[],
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("level", ["none", "mlp", "full"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_equal_the_plain_model(batch: dict[str, Tensor], level: Any, checkpointed: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "compiled"])
+def test_gradients_equal_the_plain_model(batch: dict[str, Tensor], level: Any, how: str) -> None:
     # Neither padding nor the first tokens, which nothing but padding stands before.
     labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) * batch["attention_mask"] < 2, -100)
     plain, mine = make().train(), make().train()
     expected = plain(**batch, labels=labels, use_cache=False).loss
     expected.backward()
     fold(mine, level=level)
-    if checkpointed:
+    if how == "checkpointed":
         mine.gradient_checkpointing_enable()
-    loss = mine(**batch, labels=labels).loss
+    run: Any = torch.compile(mine, backend="aot_eager") if how == "compiled" else mine
+    loss = run(**batch, labels=labels).loss
     loss.backward()
     assert_close(loss, expected)
     for found, wanted in zip(mine.parameters(), plain.parameters(), strict=True):
