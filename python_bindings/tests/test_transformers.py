@@ -186,6 +186,8 @@ def test_gradient_modes(model: Any, batch: dict[str, Tensor], mode: Callable[[],
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+# Of Dynamo, which looks at every tensor that crosses a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("level", ["none", "mlp", "full"])
 @pytest.mark.parametrize("how", ["plain", "checkpointed", "compiled"])
 def test_gradients_equal_the_plain_model(batch: dict[str, Tensor], level: Any, how: str) -> None:
