@@ -273,7 +273,7 @@ impl Args {
         let (info, vocab_size) = (self.info(&model), model.model.config().vocab_size);
         let window = Duration::from_millis(self.batch_window);
         Ok(App {
-            queue: Queue::start(Scheduler::new(self.budget(), window), model)?,
+            queue: Arc::new(Queue::start(Scheduler::new(self.budget(), window), model)?),
             encoder,
             prompts,
             pair_prompt: pair_prompt.transpose()?,

@@ -1,6 +1,7 @@
 //! `radix-mlp serve` as a process on the loopback interface.
 
 mod clients;
+mod refusals;
 mod reliability;
 mod routes;
 mod sharing;

@@ -26,7 +26,7 @@ use super::telemetry;
 
 /// What all requests share.
 pub struct App {
-    pub queue: Queue,
+    pub queue: Arc<Queue>,
     pub encoder: TextEncoder,
     pub prompts: Prompts,
     /// What surrounds a reranker's pairs; `None` where the model cannot score.
@@ -111,6 +111,30 @@ impl App {
         }
     }
 
+    /// Refuses what would fail a batch that others share.
+    fn check_ids(&self, ids: &[u32]) -> Result<(), ApiError> {
+        let size = self.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= size) {
+            Some(id) => Err(ApiError::validation(format!(
+                "token id {id} is outside the vocabulary of {size}"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// All sequences, or the first error.
+    fn all_of(
+        &self,
+        sequences: Vec<Result<Vec<u32>, TextError>>,
+    ) -> Result<Vec<Vec<u32>>, ApiError> {
+        let check = |sequence: Result<Vec<u32>, TextError>| {
+            let ids = sequence.map_err(|error| ApiError::of_text(&error))?;
+            self.check_ids(&ids)?;
+            Ok(ids)
+        };
+        sequences.into_iter().map(check).collect()
+    }
+
     /// The sequences of `input`.
     fn tokenize(
         &self,
@@ -136,7 +160,7 @@ impl App {
             .collect();
         let sequences = self.encoder.encode(&texts, max);
         Ok(Tokenized {
-            sequences: all_of(sequences)?,
+            sequences: self.all_of(sequences)?,
             characters: characters(&texts),
             time: start.elapsed(),
         })
@@ -164,11 +188,7 @@ impl App {
             if tokens > max {
                 return Err(ApiError::of_text(&TextError::TooLong { tokens, max }));
             }
-            if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-                let size = self.vocab_size;
-                let message = format!("token id {id} is outside the vocabulary of {size}");
-                return Err(ApiError::validation(message));
-            }
+            self.check_ids(ids)?;
         }
         Ok(Tokenized {
             sequences: lists,
@@ -190,7 +210,7 @@ impl App {
         let max = self.max_length(request.truncate);
         let sequences = self.encoder.encode_in_prompt(&pairs, prompt, max);
         Ok(Tokenized {
-            sequences: all_of(sequences)?,
+            sequences: self.all_of(sequences)?,
             characters: characters(&pairs),
             time: start.elapsed(),
         })
@@ -237,12 +257,6 @@ impl App {
             permit,
         })
     }
-}
-
-/// All sequences, or the first error.
-fn all_of(sequences: Vec<Result<Vec<u32>, TextError>>) -> Result<Vec<Vec<u32>>, ApiError> {
-    let sequences = sequences.into_iter().collect::<Result<_, _>>();
-    sequences.map_err(|error| ApiError::of_text(&error))
 }
 
 fn characters(texts: &[String]) -> usize {

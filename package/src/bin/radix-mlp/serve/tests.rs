@@ -1,12 +1,21 @@
-//! The queue over a model that fails, panics or is slow.
+//! The queue, and the server over it, with a model that fails, panics or is slow.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use metrics_exporter_prometheus::PrometheusBuilder;
+use radix_mlp::text::TextEncoder;
 use radix_mlp::{Budget, Scheduler, Tokens};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
+use super::api::{EmbeddingModel, Info, ModelType};
+use super::connection::{self, Limits};
+use super::guard::Guard;
+use super::model::Prompts;
 use super::queue::{Compute, Computed, Queue, Want};
+use super::routes::App;
 
 const PANICS: u32 = 1;
 const FAILS: u32 = 2;
@@ -82,6 +91,115 @@ async fn a_batch_that_panics_or_fails_is_answered_and_the_next_one_runs() {
         assert_eq!(asked.await.unwrap(), answer);
         assert!(bench.queue.is_alive());
     }
+}
+
+/// A server on the loopback interface over a model that is always let go.
+async fn serve(bench: &Bench) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let tokenizer = directory.path().join("tokenizer.json");
+    let words = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null,
+        "post_processor": null, "decoder": null, "padding": null, "truncation": null,
+        "model": {"type": "WordLevel", "vocab": {"a": 7}, "unk_token": "a"}}"#;
+    std::fs::write(&tokenizer, words).unwrap();
+    let app = App {
+        queue: bench.queue.clone(),
+        encoder: TextEncoder::from_file(&tokenizer).unwrap(),
+        prompts: Prompts::default(),
+        pair_prompt: None,
+        vocab_size: 10,
+        info: Info {
+            model_id: String::new(),
+            model_dtype: "float32",
+            model_type: ModelType {
+                embedding: EmbeddingModel {
+                    pooling: "mean",
+                    dimensions: 1,
+                },
+            },
+            max_concurrent_requests: 9,
+            max_input_length: 9,
+            max_batch_tokens: 9,
+            max_client_batch_size: 9,
+            auto_truncate: false,
+            version: "",
+        },
+        inputs: Arc::new(Semaphore::new(9)),
+        tokenizing: Semaphore::new(9),
+        tokenizing_bytes: 9,
+        metrics: PrometheusBuilder::new().build_recorder().handle(),
+    };
+    let guard = Arc::new(Guard {
+        api_key: None,
+        requests: Arc::new(Semaphore::new(9)),
+        bytes: Arc::new(Semaphore::new(1000)),
+        timeout: Duration::from_secs(60),
+        payload_limit: 100,
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let limits = Limits {
+        connections: 9,
+        drain: Duration::from_secs(60),
+    };
+    let router = super::router(Arc::new(app), &guard);
+    tokio::spawn(connection::serve(
+        listener,
+        router,
+        limits,
+        std::future::pending::<()>(),
+    ));
+    url
+}
+
+/// Status and body of an answer; with `ids`, to a request for their embedding.
+async fn answer(url: String, ids: Option<u32>) -> (u16, String) {
+    let blocking = move || {
+        let config = ureq::Agent::config_builder().http_status_as_error(false);
+        let agent: ureq::Agent = config.build().into();
+        let mut response = match ids {
+            Some(id) => agent
+                .post(url)
+                .send_json(serde_json::json!({"inputs": [[id]]}))
+                .unwrap(),
+            None => agent.get(url).call().unwrap(),
+        };
+        (
+            response.status().as_u16(),
+            response.body_mut().read_to_string().unwrap(),
+        )
+    };
+    tokio::task::spawn_blocking(blocking).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_a_batch_that_panics_get_424_and_others_are_served() {
+    let bench = bench();
+    let url = serve(&bench).await;
+    let embed = |id| answer(format!("{url}/embed"), Some(id));
+    let health = || answer(format!("{url}/health"), None);
+    for _ in 0..3 {
+        bench.go.send(()).unwrap();
+    }
+    let (status, body) = embed(PANICS).await;
+    assert_eq!(
+        (status, &body[..]),
+        (
+            424,
+            r#"{"error":"the model panicked","error_type":"Backend"}"#
+        )
+    );
+    let (status, body) = embed(FAILS).await;
+    assert_eq!(
+        (status, &body[..]),
+        (424, r#"{"error":"told to fail","error_type":"Backend"}"#)
+    );
+    assert_eq!(embed(7).await, (200, "[[7.0]]".to_owned()));
+    assert_eq!(health().await.0, 200);
+    bench.queue.close();
+    assert_eq!(health().await.0, 503);
+    let (status, body) = embed(7).await;
+    assert_eq!(status, 503);
+    assert!(body.contains(r#""error_type":"Unhealthy""#));
 }
 
 #[tokio::test]
