@@ -155,7 +155,7 @@ class Qwen3Config:
     def from_file(cls, path: Path) -> "Qwen3Config":
         """Read a Hugging Face config.json, of transformers 4 or 5. Raises UnsupportedConfigError."""
         values = json.loads(path.read_text())
-        for name, expected in (("model_type", "qwen3"), ("hidden_act", "silu")):
+        for name, expected in (("model_type", "qwen3"), ("hidden_act", "silu"), ("attention_dropout", 0.0)):
             if values.get(name, expected) != expected:
                 raise UnsupportedConfigError(f"{name} is {values[name]!r} in {path}, expected {expected!r}")
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -176,7 +176,13 @@ def _windows(values: dict[str, Any]) -> tuple[int | None, ...]:
     window = values.get("sliding_window") if values.get("use_sliding_window") else None
     first = values.get("max_window_layers", layers)
     default = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in values.get("layer_types") or default)
+    kinds = values.get("layer_types") or default
+    known = {"full_attention", "sliding_attention"} if window else {"full_attention"}
+    if len(kinds) != layers or not known.issuperset(kinds):
+        raise UnsupportedConfigError(
+            f"layer_types {kinds} with a window of {window} are not supported: expected {layers} of {sorted(known)}"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def rotary_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:

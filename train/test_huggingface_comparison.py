@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from radix_torch_varlen import Batch, Level, Qwen3, UnsupportedConfigError
 from radix_torch_varlen import Qwen3Config as OwnConfig
-from tries import families
+from tries import families, wrongly_folded
 
 # Largest difference over the largest magnitude. An f32 sum over the widest dimension, 80, errs by about
 # sqrt(80) × 6e-8 = 5e-7, a few times in each of three layers.
@@ -41,8 +42,14 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "one head, biased": ({"num_key_value_heads": 1, "attention_bias": True, "head_dim": 24}, 0),
     "long positions": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 40_000),
     "linear RoPE": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, 3_000),
-    "YaRN": ({"rope_parameters": YARN}, 1_500),
-    "YaRN, own range": ({"rope_parameters": {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}}, 0),
+    "YaRN": ({"rope_parameters": YARN, "max_position_embeddings": 2048}, 1_500),
+    "YaRN, own range": (
+        {
+            "rope_parameters": {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False, "attention_factor": 1.3},
+            "max_position_embeddings": 2048,
+        },
+        0,
+    ),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, 0),
 }
 
@@ -99,6 +106,26 @@ def test_states_and_logits(name: str, level: Level, tmp_path: Path) -> None:
     assert max(differences(name, tmp_path, level)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["untied", "tied", "one head, biased"])
+def test_gradients(name: str, tmp_path: Path) -> None:
+    """Of the loss, for every parameter, in f64: in f32, what random queries gain cancels to few digits in both models.
+
+    The tolerance stays, since transformers takes the angles of positions in f32 always.
+    """
+    reference = checkpoint(tmp_path, CASES[name][0]).double()
+    own = Qwen3.from_pretrained(tmp_path, dtype=torch.float64)
+    sequences = families()["three levels"]
+    own.loss(Batch.from_sequences(sequences)).backward()  # type: ignore[no-untyped-call]
+    ids = torch.tensor(sequences)
+    reference(input_ids=ids, labels=ids).loss.backward()
+    expected = {name.removeprefix("model."): x.grad for name, x in reference.named_parameters() if x.grad is not None}
+    found = {name: parameter.grad for name, parameter in own.named_parameters()}
+    assert found.keys() == expected.keys()
+    for parameter, gradient in found.items():
+        assert gradient is not None
+        assert difference(gradient, expected[parameter]) < TOLERANCE, parameter
+
+
 @torch.no_grad()
 def test_shards(tmp_path: Path) -> None:
     reference = checkpoint(tmp_path, {}, max_shard_size="30KB")
@@ -126,7 +153,11 @@ def test_old_configurations(tmp_path: Path) -> None:
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"layer_types": ["full_attention"]}, r"expected 3 of"),
+        ({"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "window of None"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -166,6 +197,15 @@ def test_a_wrong_model_is_seen(wrong: dict[str, Any], tmp_path: Path) -> None:
     assert difference(own.logits(batch), expected) < TOLERANCE < difference(other.logits(batch), expected)
 
 
+@torch.no_grad()
+def test_a_wrong_fold_is_seen(tmp_path: Path) -> None:
+    reference = checkpoint(tmp_path, {})
+    own = Qwen3.from_pretrained(tmp_path)
+    sequences = families()["three levels"]
+    wrong = wrongly_folded(sequences, "full")
+    assert difference(own.logits(wrong), theirs(reference, sequences, 0)[1]) > 1e3 * TOLERANCE
+
+
 def test_configurations_are_read_as_they_are(tmp_path: Path) -> None:
     checkpoint(tmp_path, CASES["sliding window"][0])
     assert OwnConfig.from_file(tmp_path / "config.json").windows == (None, 7, 7)
@@ -173,6 +213,7 @@ def test_configurations_are_read_as_they_are(tmp_path: Path) -> None:
 
 def main() -> None:
     print(f"{'difference from transformers, f32':36} states   logits   (bound {TOLERANCE:.0e})")
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     broken = False
     for name in CASES:
         with tempfile.TemporaryDirectory() as directory:
