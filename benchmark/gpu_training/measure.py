@@ -3,11 +3,13 @@
 Times in alternation, on the same weights and tokens:
 
 - none, mlp, full: the levels of train/radix_torch_varlen.py, `none` and `mlp` with FlashAttention's varlen kernel;
-- transformers: its own Qwen3 on the padded batch, as people run it (sdpa);
-- transformers folded: the same model, folded by radix_mlp.transformers.
+- transformers padded, padding-free: its own Qwen3 as people run it, with sdpa and FlexAttention;
+- transformers folded: the same model, folded by radix_mlp.transformers;
+- PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.
 
-"wall_ms" is the time of a step until the device is done, the fold on the host included. "peak_gib" is what a step takes
-beside weights and gradients. "compiles" times the first step and the median of 20 steps on batches of different shapes.
+All compute the logits chunk by chunk. "wall_ms" is the time of a step until the device is done, the fold on the host
+included. "peak_gib" is what a step takes beside weights and gradients. From 4B on layers are checkpointed. "shapes"
+times the first step and the median of 20 steps on batches of different shapes.
 
     python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_training/measure.py --smoke --out target/smoke.json    # a tiny model: does it run?
@@ -19,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 
 from gpu_forward.batches import VOCABULARY, Batch  # noqa: E402
-from gpu_forward.measure import DEVICE, allocated, release, timed  # noqa: E402
-from gpu_forward.models import SHAPES, padded, twin  # noqa: E402
+from gpu_forward.measure import DEVICE, allocated, medians, release, timed  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
+from gpu_training.steps import Groups, own_model, steps, their_model  # noqa: E402
+from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
-from radix_mlp.transformers import fold  # noqa: E402
 from radix_torch_varlen import Batch as Folded  # noqa: E402
-from radix_torch_varlen import Level, Qwen3, Qwen3Config  # noqa: E402
+from radix_torch_varlen import Qwen3  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_training.json"
-IGNORED = -100
 # Different batches, one after the other, that must cost no compilation.
 SHAPES_SEEN = 20
+# A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
+MAX_SECONDS = 20
+MIN_ROUNDS = 2
 
-Step = Callable[[], Tensor]
+Row = dict[str, Any]
 
 
-def groups(prompts: int, prompt: int, completions: int, completion: int, seed: int = 0) -> Batch:
+def grouped(prompts: int, prompt: int, size: int, completion: int, seed: int = 0) -> Groups:
     """Random tokens: each prompt with its completions."""
     draw = random.Random(seed)
 
@@ -57,11 +59,10 @@ def groups(prompts: int, prompt: int, completions: int, completion: int, seed: i
         return draw.choices(range(VOCABULARY), k=count)
 
     prefixes = [tokens(prompt) for _ in range(prompts)]
-    return [prefix + tokens(completion) for prefix in prefixes for _ in range(completions)]
+    return Groups([prefix + tokens(completion) for prefix in prefixes for _ in range(size)], prompt, size)
 
 
-def batches(file: Path | None, *, smoke: bool) -> dict[str, tuple[Batch, int]]:
-    """Each batch with the number of its prompts' tokens, which the loss on completions leaves out."""
+def batches(file: Path | None, *, smoke: bool) -> dict[str, Groups]:
     scale = 64 if smoke else 1
     forms = {
         "4 x 8 x 1024+512": (4, 1024, 8, 512),
@@ -69,142 +70,94 @@ def batches(file: Path | None, *, smoke: bool) -> dict[str, tuple[Batch, int]]:
         "16 pairs x 1024+512": (16, 1024, 2, 512),
     }
     made = {
-        name: (groups(prompts, prompt // scale, count, own // scale), prompt // scale)
-        for name, (prompts, prompt, count, own) in forms.items()
+        name: grouped(prompts, prompt // scale, size, own // scale)
+        for name, (prompts, prompt, size, own) in forms.items()
     }
     turns: dict[str, Batch] = json.loads(file.read_text()) if file else {}
     # An agent's turns are trained on whole.
-    return made | {name: (batch, 0) for name, batch in turns.items() if name == "tau-bench turns"}
+    return made | {name: Groups(batch) for name, batch in turns.items() if name == "tau-bench turns"}
 
 
-def own_model(shape: str) -> Qwen3:
-    """The readable model at the sizes of transformers' configuration, with random weights."""
-    config = SHAPES[shape]
-    names = set(Qwen3Config.__dataclass_fields__) - {"windows"}
-    torch.manual_seed(0)
-    with DEVICE:
-        model = Qwen3(Qwen3Config(**{name: getattr(config, name) for name in names}))
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=config.initializer_range)
-    return model.bfloat16()
-
-
-def their_model(shape: str, own: Qwen3) -> Any:
-    """transformers' model with the same weights in memory."""
-    make: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
-        model = make(SHAPES[shape], dtype=torch.bfloat16, attn_implementation="sdpa")
-    weights = {name if name.startswith("lm_head") else f"model.{name}": x for name, x in own.state_dict().items()}
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    # What has no weights was not loaded: the rotary frequencies.
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(SHAPES[shape]).to(DEVICE)
-    return model.train()
-
-
-def columns(own: Qwen3, theirs: Any, batch: Batch, prompt: int, *, completions_only: bool) -> dict[str, Step]:
-    skipped = prompt if completions_only else 0
-    flash: Any = "query_folded" if DEVICE.type == "cuda" else None
-
-    def own_step(level: Level) -> Tensor:
-        own.backend = None if level == "full" else flash
-        folded = Folded.from_sequences(batch, level, DEVICE)
-        if skipped:
-            prompts = torch.cat([torch.arange(len(ids)) < skipped - 1 for ids in batch]).to(DEVICE)
-            folded = replace(folded, labels=folded.labels.masked_fill(prompts, IGNORED))
-        return own.loss(folded)
-
-    ids, mask = padded(batch)
-    labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < skipped), IGNORED)
-    on_device = [x.to(DEVICE) for x in (ids, mask, labels)]
-    folded_model = fold(twin(theirs))
-
-    def their_step(model: Any) -> Tensor:
-        # A folded model reads the ids on the host.
-        call = (ids, mask, labels) if model is folded_model else on_device
-        loss: Tensor = model(input_ids=call[0], attention_mask=call[1], labels=call[2], use_cache=False).loss
-        return loss
-
-    steps: dict[str, Step] = {
-        "none": lambda: own_step("none"),
-        "mlp": lambda: own_step("mlp"),
-        "full": lambda: own_step("full"),
-        "transformers": lambda: their_step(theirs),
-        "transformers folded": lambda: their_step(folded_model),
-    }
-    return steps
-
-
-def backward(step: Step, model: nn.Module) -> Tensor:
-    """One step; gradients go again, so that each makes its own."""
+def backward(step: Callable[[], Tensor], model: nn.Module) -> Tensor:
+    """One step, whose gradients are added to those that are there."""
     loss = step()
     torch.autograd.backward(loss)
-    model.zero_grad(set_to_none=True)
     return loss.detach()
 
 
-def measure(
-    own: Qwen3, theirs: Any, batch: Batch, prompt: int, rounds: int, *, completions_only: bool
-) -> dict[str, Any]:
-    steps = columns(own, theirs, batch, prompt, completions_only=completions_only)
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in own.parameters())
+def timed_step(step: Callable[[], Tensor], model: nn.Module) -> float:
+    """Milliseconds of a step that makes its gradients, until the device is done."""
+    model.zero_grad(set_to_none=True)
+    return timed(partial(backward, step, model))[1]
+
+
+def measure(own: Qwen3, theirs: Any, groups: Groups, rounds: int, *, completions_only: bool) -> Row:
+    ways = steps(own, theirs, groups, completions_only=completions_only)
     losses, peaks, skipped = {}, {}, {}
-    for name, step in list(steps.items()):
+    for name, step in list(ways.items()):
         try:
+            # The first step compiles, and leaves gradients: what the second takes comes on top of them.
+            backward(step, own)
             before = allocated()
             losses[name] = round(backward(step, own).item(), 5)
-            peaks[name] = round((allocated(peak=True) - before - gradients) / 2**30, 3)
+            peaks[name] = round((allocated(peak=True) - before) / 2**30, 3)
         except torch.OutOfMemoryError as error:
             skipped[name] = str(error).split(". ")[0]
-            del steps[name]
-            own.zero_grad(set_to_none=True)
-            release()
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            wall[name].append(timed(partial(backward, step, own))[1])
-    folded = Fold.from_sequences(batch)
-    ratios = {
-        name: round(statistics.median(a / b for a, b in zip(wall["none"], times, strict=True)), 4)
-        for name, times in wall.items()
-        if "none" in wall
-    }
+            del ways[name]
+        own.zero_grad(set_to_none=True)
+        release()
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    began, done = time.perf_counter(), 0
+    while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - began < MAX_SECONDS):
+        for name, step in ways.items():
+            wall[name].append(timed_step(step, own))
+        done += 1
+    own.zero_grad(set_to_none=True)
+    fold = Fold.from_sequences(groups.sequences)
     return {
-        "tokens": folded.num_tokens,
-        "nodes": folded.num_nodes,
-        "compression": round(folded.compression, 4),
-        "wall_ms": {name: round(statistics.median(times), 3) for name, times in wall.items()},
-        "speedup": ratios,
+        "tokens": fold.num_tokens,
+        "nodes": fold.num_nodes,
+        "compression": round(fold.compression, 4),
+        "rounds": done,
+        "wall_ms": medians(wall),
+        "speedup": {
+            name: round(statistics.median(a / b for a, b in zip(wall["none"], times, strict=True)), 4)
+            for name, times in wall.items()
+            if "none" in wall
+        },
         "peak_gib": peaks,
         "loss_value": losses,
         "skipped": skipped,
     }
 
 
-def loss_of(own: Qwen3, batch: Batch) -> Tensor:
-    return own.loss(Folded.from_sequences(batch, "full", DEVICE))
-
-
-def compiles(own: Qwen3, *, smoke: bool) -> dict[str, float]:
-    """Seconds of the first and of the median step over batches that all differ in shape."""
+def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
+    """Of the first and of the median step over batches that all differ in shape, and the slowest after the first."""
     scale = 64 if smoke else 1
     draw = random.Random(1)
     own.backend = None
-    seconds = []
+    milliseconds = []
     for seed in range(SHAPES_SEEN):
         prompt, completion = draw.randrange(512, 1536) // scale, draw.randrange(128, 640) // scale
-        batch = groups(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed)
-        start = time.perf_counter()
-        backward(partial(loss_of, own, batch), own)
-        allocated()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "first": round(seconds[0], 3),
-        "median": round(statistics.median(seconds), 4),
-        "worst_later": max(seconds[1:]),
-    }
+        groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed)
+
+        def loss(sequences: Batch = groups.sequences) -> Tensor:
+            return own.loss(Folded.from_sequences(sequences, "full", DEVICE))
+
+        milliseconds.append(timed_step(loss, own))
+    own.zero_grad(set_to_none=True)
+    first, later = milliseconds[0], milliseconds[1:]
+    slowest, median = max(later), statistics.median(milliseconds)
+    return {name: round(x / 1e3, 4) for name, x in (("first", first), ("median", median), ("slowest later", slowest))}
+
+
+def show(row: Row) -> None:
+    print(f"\n{row['shape']}, {row['batch']}, loss on {row['loss']}: {row['tokens']} tokens, {row['nodes']} nodes")
+    for name, milliseconds in row["wall_ms"].items():
+        speed = f"{row['speedup'].get(name, float('nan')):7.2f} of {row['compression']:.2f}"
+        print(f"  {name:26}{milliseconds:11.1f} ms{row['peak_gib'][name]:9.2f} GiB{speed}  {row['loss_value'][name]}")
+    for name, reason in row["skipped"].items():
+        print(f"  {name:26} {reason}")
 
 
 def main() -> None:
@@ -212,16 +165,20 @@ def main() -> None:
     record = Record(given.out, given.commit, ("shape", "batch", "loss"))
     for shape in given.shapes:
         own = own_model(shape)
-        print(f"{shape}: steps on {SHAPES_SEEN} shapes, seconds: {(seen := compiles(own, smoke=given.smoke))}")
+        print(f"{shape}: steps on {SHAPES_SEEN} shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
         theirs = their_model(shape, own)
-        for name, (batch, prompt) in tqdm(batches(given.batches_file, smoke=given.smoke).items(), desc=shape):
-            for loss in ("all", "completions") if prompt else ("all",):
-                only = loss == "completions"
-                row = measure(own, theirs, batch, prompt, given.rounds, completions_only=only)
-                record.add({"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen, **row})
-                print(f"\n{shape}, {name}, loss on {loss}: {json.dumps(row, indent=1)}")
+        for name, groups in tqdm(batches(given.batches_file, smoke=given.smoke).items(), desc=shape):
+            for loss in ("all", "completions") if groups.prompt else ("all",):
+                found = measure(own, theirs, groups, given.rounds, completions_only=loss == "completions")
+                row = {"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen} | found
+                record.add(row)
+                show(row)
         del own, theirs
         release()
+    record.result["targets"] = targets(record.result["rows"])
+    record.write()
+    for check in record.result["targets"]:
+        print(f"{'met   ' if check['met'] else 'MISSED'} {check['target']}: {check['value']}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""The ways to make one training step of which the benchmark compares the costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from gpu_forward.batches import Batch
+from gpu_forward.measure import DEVICE
+from gpu_forward.models import SHAPES, padded, twin
+from radix_mlp.torch import cross_entropy
+from radix_mlp.transformers import fold
+from radix_torch_varlen import Batch as Folded
+from radix_torch_varlen import Level, Qwen3, Qwen3Config
+
+IGNORED = -100
+# From this size on the backward pass computes each layer again: activations would not fit otherwise.
+CHECKPOINTED = ("qwen3-4b", "qwen3-8b")
+
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sequences of which each `size` share their first `prompt` tokens; with `prompt` 0 they may share anything."""
+
+    sequences: Batch
+    prompt: int = 0
+    size: int = 1
+
+
+def own_model(shape: str) -> Qwen3:
+    """The readable model at the sizes of transformers' configuration, with random weights."""
+    config = SHAPES[shape]
+    names = set(Qwen3Config.__dataclass_fields__) - {"windows"}
+    torch.manual_seed(0)
+    with DEVICE:
+        sizes = Qwen3Config(**{name: getattr(config, name) for name in names})
+        model = Qwen3(sizes, checkpointing=shape in CHECKPOINTED)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=config.initializer_range)
+    return model.bfloat16()
+
+
+def their_model(shape: str, own: Qwen3) -> Any:
+    """transformers' model with the same weights in memory."""
+    make: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model = make(SHAPES[shape], dtype=torch.bfloat16, attn_implementation="sdpa")
+    weights = {name if name.startswith("lm_head") else f"model.{name}": x for name, x in own.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    # What has no weights was not loaded: the rotary frequencies.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(SHAPES[shape]).to(DEVICE)
+    if shape in CHECKPOINTED:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def steps(own: Qwen3, theirs: Any, groups: Groups, *, completions_only: bool) -> dict[str, Step]:
+    """Each computes the mean loss; backward is the caller's."""
+    skipped = groups.prompt if completions_only else 0
+    made: dict[str, Step] = {
+        "none": lambda: own_step(own, groups, "none", skipped),
+        "mlp": lambda: own_step(own, groups, "mlp", skipped),
+        "full": lambda: own_step(own, groups, "full", skipped),
+        "transformers folded": folded_step(theirs, groups, skipped),
+        "transformers padded": padded_step(theirs, groups, skipped),
+    }
+    if DEVICE.type == "cuda":
+        made["transformers padding-free"] = padding_free_step(theirs, groups, skipped)
+    if completions_only and (grouper := prefix_grouper_step(theirs, groups)):
+        made["PrefixGrouper"] = grouper
+    return made
+
+
+def own_step(own: Qwen3, groups: Groups, level: Level, skipped: int) -> Tensor:
+    own.backend = "query_folded" if level != "full" and DEVICE.type == "cuda" else None
+    return own.loss(folded(groups, level, skipped))
+
+
+def folded(groups: Groups, level: Level, skipped: int) -> Folded:
+    """The batch without the labels of its first `skipped` tokens."""
+    batch = Folded.from_sequences(groups.sequences, level, DEVICE)
+    if not skipped:
+        return batch
+    prompts = torch.cat([torch.arange(len(ids)) < skipped - 1 for ids in groups.sequences]).to(DEVICE)
+    return replace(batch, labels=batch.labels.masked_fill(prompts, IGNORED))
+
+
+def folded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
+    """One line of radix_mlp.transformers, which reads the ids on the host."""
+    ids, mask = padded(groups.sequences)
+    labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < skipped), IGNORED)
+    model = fold(twin(theirs))
+
+    def step() -> Tensor:
+        loss: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        return loss
+
+    return step
+
+
+def padded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
+    """sdpa on the padded batch. Its logits would not fit: the loss is ours, chunk by chunk, here and below."""
+    ids, mask = (x.to(DEVICE) for x in padded(groups.sequences))
+    plain = folded(groups, "none", skipped)
+
+    def step() -> Tensor:
+        states = theirs.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return cross_entropy(states[mask.bool()], theirs.lm_head.weight, plain.tokens, plain.labels)
+
+    return step
+
+
+def padding_free_step(theirs: Any, groups: Groups, skipped: int) -> Step:
+    """All tokens in one row, told apart by their positions: FlexAttention, as flash-attn is no wheel of PyPI."""
+    plain = folded(groups, "none", skipped)
+    model: Any = twin(theirs)
+    model.set_attn_implementation("flex_attention")
+    ids, positions = plain.input_ids[None], plain.position_ids[None]
+
+    def step() -> Tensor:
+        states = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return cross_entropy(states[0], theirs.lm_head.weight, plain.tokens, plain.labels)
+
+    return step
+
+
+def prefix_grouper_step(theirs: Any, groups: Groups) -> Step | None:
+    """PrefixGrouper (arXiv 2506.05433) by its own attention interface, if the package is installed.
+
+    Its authors run it with flash-attn, in the place of which stands torch's FlashAttention.
+    """
+    try:
+        from prefix_grouper import PrefixGrouper
+        from prefix_grouper.utils.register_transformers import register_attention
+    except ImportError:
+        return None
+    register_attention()
+    AttentionInterface.register("lower_right", lower_right)
+    model: Any = twin(theirs)
+    model.set_attn_implementation("prefix_grouper_attention")
+    rows = torch.tensor(groups.sequences, device=DEVICE)
+    prompts, completions = rows[:: groups.size, : groups.prompt], rows[:, groups.prompt :]
+    masks = torch.ones_like(prompts), torch.ones_like(completions)
+    own = torch.arange(groups.prompt, rows.shape[1], device=DEVICE).repeat(groups.size)
+    positions = torch.cat([torch.arange(groups.prompt, device=DEVICE), own]).expand(len(prompts), -1)
+    unshared = Folded.from_sequences(completions.tolist(), "none").tokens
+
+    def step() -> Tensor:
+        grouper = PrefixGrouper.from_ungrouped_masks(*masks, group_sizes=groups.size, device=DEVICE)
+        ids = grouper.concat_input(prompts, masks[0], completions, masks[1])
+        call = {"prefix_grouper": grouper, "prefix_grouper_attn_func": "lower_right"}
+        states = model.model(input_ids=ids, position_ids=positions, use_cache=False, **call).last_hidden_state
+        states = grouper.split_output(states, include_prefix_last=1)[2][:, :-1]
+        return cross_entropy(states.flatten(0, 1), theirs.lm_head.weight, unshared, completions.flatten())
+
+    return step
+
+
+def lower_right(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    scaling: float | None = None,
+    **_options: Any,
+) -> tuple[Tensor, None]:
+    """Queries are the last of the keys' tokens."""
+    bias = causal_lower_right(query.shape[2], key.shape[2])
+    mixed = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
+    )
+    return mixed.transpose(1, 2), None
