@@ -1,5 +1,7 @@
-"""One of several processes that train a folded model; torchrun starts it. Argument: "ddp" or "fsdp"."""
+"""One of several processes that train a folded model. Arguments: "ddp" or "fsdp", rank, ranks, a file they share."""
 
+import faulthandler
+import os
 import sys
 from typing import Any
 
@@ -18,6 +20,7 @@ from radix_mlp.transformers import fold
 GROUPS = [[[1, 2, 3, group, *range(group)] + [tail] * 4 for tail in range(3)] for group in range(4, 12)]
 SEQUENCES = [sequence for group in GROUPS for sequence in group]
 LABELS = sum(len(sequence) - 1 for sequence in SEQUENCES)
+SECONDS = 240
 
 
 def make() -> Qwen3ForCausalLM:
@@ -60,8 +63,8 @@ def whole(gradient: Tensor | None) -> Tensor:
 
 
 def main() -> None:
-    distributed.init_process_group("gloo")
-    ranks = distributed.get_world_size()
+    kind, rank, ranks, shared = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    distributed.init_process_group("gloo", init_method=f"file://{shared}", rank=rank, world_size=ranks)
     plain = make().train()
     everything = padded(list(range(len(SEQUENCES))))
     labels = everything.pop("labels")[:, 1:]
@@ -71,7 +74,7 @@ def main() -> None:
     torch.autograd.backward(loss)
 
     model = fold(make().train())
-    wrapped = wrap(model, sys.argv[1])
+    wrapped = wrap(model, kind)
     sampler = BalancedBatchSampler(SEQUENCES, unique_tokens=1000)
     (batch,) = sampler
     assert len(batch) < len(SEQUENCES)
@@ -84,8 +87,12 @@ def main() -> None:
         # transformers' norms are float32 in every model, and round to 6e-8.
         assert difference < 1e-6, f"{name} differs by {difference:.1e}"
     assert len(list(model.named_parameters())) == len(expected)
-    distributed.destroy_process_group()
+    distributed.barrier()
 
 
 if __name__ == "__main__":
+    # A process that hangs says where.
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     main()
+    # At the interpreter's end gloo's threads may still run, and abort the process.
+    os._exit(0)
