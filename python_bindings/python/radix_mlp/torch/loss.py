@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radix_mlp._host import to_host
 from radix_mlp.fold import Fold
+from radix_mlp.torch.softmax import logsumexp, reads_logits, softmax_
 
 # Logits held at once: 1 GiB in float32.
 MAX_LOGITS = 1 << 28
@@ -117,7 +119,8 @@ def next_token_labels(input_ids: Tensor, cu_seq_lengths: Tensor, ignore_index: i
 class _Pairs:
     """The labels that count: of each its token, its sequence, its row's place in `rows`, and itself, in order of rows.
 
-    `rows` are the rows that predict something, ascending; `bounds[k]` is where the labels of `rows[k]` start.
+    `rows` are the rows that predict something, ascending; `bounds[k]` is where the labels of `rows[k]` start. Labels of
+    one row that are equal have one number in `distinct`.
     """
 
     rows: Tensor
@@ -125,7 +128,12 @@ class _Pairs:
     sequences: Tensor
     places: Tensor
     labels: Tensor
+    distinct: Tensor
     bounds: list[int]
+
+    def summed(self, weights: Tensor) -> Tensor:
+        """For each label the weights of all that are equal to it."""
+        return torch.zeros_like(weights).index_add_(0, self.distinct, weights)[self.distinct]
 
 
 def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore_index: int) -> _Pairs:
@@ -141,21 +149,27 @@ def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore
     wrong = tokens[(host[tokens] < 0) | (host[tokens] >= vocabulary)]
     if wrong.size:
         raise ValueError(f"labels[{wrong[0]}] is {host[wrong[0]]}, which is not in 0..{vocabulary}")
-    rows = fold.scatter_indices[tokens].astype(np.int64)
-    order = np.argsort(rows, kind="stable")
-    tokens, rows = tokens[order], rows[order]
-    present, starts, places = np.unique(rows, return_index=True, return_inverse=True)
+    keys = fold.scatter_indices[tokens].astype(np.int64) * vocabulary + host[tokens]
+    order = np.argsort(keys, kind="stable")
+    tokens, keys = tokens[order], keys[order]
+    rows, distinct = _first_of_each(keys // vocabulary), _first_of_each(keys)
+    starts = np.flatnonzero(rows)
     sequences = np.searchsorted(fold.cu_seq_lengths, tokens, side="right") - 1
     arrays = {
-        "rows": present,
+        "rows": keys[starts] // vocabulary,
         "tokens": tokens,
         "sequences": sequences,
-        "places": places,
-        "labels": host[tokens].astype(np.int64),
+        "places": np.cumsum(rows) - 1,
+        "labels": keys % vocabulary,
+        "distinct": np.cumsum(distinct) - 1,
     }
     packed = torch.from_numpy(np.concatenate(list(arrays.values()))).to(hidden.device)
     parts = torch.split(packed, [len(array) for array in arrays.values()])
     return _Pairs(bounds=[*starts.tolist(), len(tokens)], **dict(zip(arrays, parts, strict=True)))
+
+
+def _first_of_each(ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.diff(ascending, prepend=-1) > 0
 
 
 def _precision(hidden: Tensor) -> torch.dtype:
@@ -171,13 +185,19 @@ def _chunks(pairs: _Pairs, vocabulary: int) -> list[tuple[slice, slice]]:
 
 
 def _logits(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]:
-    """Logits of `hidden` in float32 or float64, and their slope by what the head multiplied, None where it is 1."""
-    if head is None:
-        return hidden.to(_precision(hidden)), None
-    product = hidden @ head.weight.t()
-    if head.bias is not None:
+    """Logits of `hidden`, and their slope by what the head multiplied, None where it is 1.
+
+    They are the caller's to write on: in float32 or float64, or in the dtype of `hidden` where kernels read that.
+    """
+    product = hidden if head is None else hidden @ head.weight.t()
+    if head is not None and head.bias is not None:
         product += head.bias
+    plain = head is None or (head.scale == 1.0 and head.softcap is None)
+    if plain and reads_logits(product):
+        return product, None
     logits = product.to(_precision(hidden))
+    if head is None:
+        return logits, None
     if head.scale != 1.0:
         logits = logits * head.scale
     if head.softcap is None:
@@ -186,6 +206,21 @@ def _logits(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]:
         )
     tanh = torch.tanh(logits / head.softcap)
     return tanh * head.softcap, (1 - tanh * tanh) * head.scale
+
+
+def _softmax_gradient(
+    logits: Tensor, lse: Tensor, factor: Tensor, shift: Tensor, place: Tensor, label: Tensor, added: Tensor
+) -> Tensor:
+    """softmax(logits) * factor - shift, in the place of `logits` [rows, vocabulary], and `added` to each label's.
+
+    `lse`, `factor` and `shift` are [rows]; `place` and `label` tell row and column of each label. Those that are equal
+    have the same `added`, the sum of theirs. They are computed in float32, of whatever dtype the logits are: what is
+    left of a likely label's gradient is small.
+    """
+    at_labels = (logits[place, label] - lse[place]).exp_() * factor[place] - shift[place] + added
+    softmax_(logits, lse, factor, shift)
+    logits[place, label] = at_labels.to(logits.dtype)
+    return logits
 
 
 class _Gradients:
@@ -242,20 +277,20 @@ class _Loss(torch.autograd.Function):
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3]) if wants_gradient else None
         loss = torch.zeros((), dtype=precision, device=hidden.device)
         vocabulary = hidden.shape[1] if head is None else len(head.weight)
+        equal_weight = pairs.summed(token_weight)
         for rows, own in _chunks(pairs, vocabulary):
             states = hidden[pairs.rows[rows]]
             logits, slope = _logits(states, head)
-            lse = logits.logsumexp(-1)
+            lse = logsumexp(logits)
             place, label, w = pairs.places[own] - rows.start, pairs.labels[own], token_weight[own]
             row_weight = torch.zeros_like(lse).index_add_(0, place, w)
             loss += (row_weight * (lse + z_loss * lse * lse)).sum() - (1 - smoothing) * (w * logits[place, label]).sum()
             if smoothing:
-                loss -= smoothing * (row_weight * logits.mean(-1)).sum()
+                loss -= smoothing * (row_weight * logits.mean(-1, dtype=precision)).sum()
             if gradients is not None:
-                gradient = (logits - lse[:, None]).exp_().mul_((row_weight * (1 + 2 * z_loss * lse))[:, None])
-                gradient.view(-1).index_add_(0, place * vocabulary + label, w, alpha=smoothing - 1)
-                if smoothing:
-                    gradient -= (row_weight * (smoothing / vocabulary))[:, None]
+                factor, shift = row_weight * (1 + 2 * z_loss * lse), row_weight * (smoothing / vocabulary)
+                added = equal_weight[own] * (smoothing - 1)
+                gradient = _softmax_gradient(logits, lse, factor, shift, place, label, added)
                 gradients.add(pairs.rows[rows], states, gradient, slope)
         ctx.gradients = gradients
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (weight, bias))
@@ -277,7 +312,7 @@ class _LogProbs(torch.autograd.Function):
         for rows, own in _chunks(pairs, vocabulary):
             logits, _ = _logits(hidden[pairs.rows[rows]], head)
             place = pairs.places[own] - rows.start
-            result[own] = logits[place, pairs.labels[own]] - logits.logsumexp(-1)[place]
+            result[own] = logits[place, pairs.labels[own]] - logsumexp(logits)[place]
         ctx.save_for_backward(hidden, weight, bias)
         ctx.head, ctx.pairs = head, pairs
         return result
@@ -288,13 +323,15 @@ class _LogProbs(torch.autograd.Function):
         head, pairs = ctx.head, ctx.pairs
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
         vocabulary = hidden.shape[1] if head is None else len(head.weight)
+        equal_weight = pairs.summed(upstream[0])
         for rows, own in _chunks(pairs, vocabulary):
             states = hidden[pairs.rows[rows]]
             logits, slope = _logits(states, head)
-            place, label, w = pairs.places[own] - rows.start, pairs.labels[own], upstream[0][own]
-            row_weight = torch.zeros(len(states), dtype=w.dtype, device=w.device).index_add_(0, place, w)
-            gradient = logits.softmax(-1).mul_(-row_weight[:, None])
-            gradient.view(-1).index_add_(0, place * vocabulary + label, w)
+            lse = logsumexp(logits)
+            place, label = pairs.places[own] - rows.start, pairs.labels[own]
+            factor = -torch.zeros_like(lse).index_add_(0, place, upstream[0][own])
+            shift = torch.zeros_like(lse)
+            gradient = _softmax_gradient(logits, lse, factor, shift, place, label, equal_weight[own])
             gradients.add(pairs.rows[rows], states, gradient, slope)
         one = torch.ones((), dtype=_precision(hidden), device=hidden.device)
         dtypes = {"weight": None if weight is None else weight.dtype, "bias": None if bias is None else bias.dtype}
