@@ -246,7 +246,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11, only=True)
+    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11)
     record = Record(given.out, given.commit, ("shape", "batch"))
     batches = load(given.batches_file, given.only, smoke=given.smoke)
     for shape in given.shapes:

@@ -8,10 +8,12 @@ Times in alternation, on the same weights and tokens:
 - PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.
 
 All compute the logits chunk by chunk. "wall_ms" is the time of a step until the device is done, the fold on the host
-included. "peak_gib" is what a step takes beside weights and gradients. From 4B on layers are checkpointed. "shapes"
-times the first step and the median of 20 steps on batches of different shapes.
+included. "peak_gib" is what a step takes beside weights and gradients. Where `none` does not fit, layers are
+checkpointed, in all columns. "seconds_of_shapes" are those of the first step and of the median of 20 steps on batches
+of different shapes.
 
     python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
+    python benchmark/gpu_training/measure.py --shapes qwen3-4b --only "2 x 8 x 4096+512" --ways none full
     python benchmark/gpu_training/measure.py --smoke --out target/smoke.json    # a tiny model: does it run?
 """
 
@@ -20,7 +22,6 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 from gpu_forward.batches import VOCABULARY, Batch  # noqa: E402
 from gpu_forward.measure import DEVICE, allocated, medians, release, timed  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
-from gpu_training.steps import Groups, own_model, steps, their_model  # noqa: E402
+from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpointing, steps, their_model  # noqa: E402
 from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_torch_varlen import Batch as Folded  # noqa: E402
@@ -62,7 +63,7 @@ def grouped(prompts: int, prompt: int, size: int, completion: int, seed: int = 0
     return Groups([prefix + tokens(completion) for prefix in prefixes for _ in range(size)], prompt, size)
 
 
-def batches(file: Path | None, *, smoke: bool) -> dict[str, Groups]:
+def batches(file: Path | None, only: list[str] | None, *, smoke: bool) -> dict[str, Groups]:
     scale = 64 if smoke else 1
     forms = {
         "4 x 8 x 1024+512": (4, 1024, 8, 512),
@@ -75,24 +76,36 @@ def batches(file: Path | None, *, smoke: bool) -> dict[str, Groups]:
     }
     turns: dict[str, Batch] = json.loads(file.read_text()) if file else {}
     # An agent's turns are trained on whole.
-    return made | {name: Groups(batch) for name, batch in turns.items() if name == "tau-bench turns"}
+    made |= {name: Groups(batch) for name, batch in turns.items() if name == "tau-bench turns"}
+    return {name: made[name] for name in only or made}
 
 
-def backward(step: Callable[[], Tensor], model: nn.Module) -> Tensor:
+def backward(step: Step, model: nn.Module) -> Tensor:
     """One step, whose gradients are added to those that are there."""
     loss = step()
     torch.autograd.backward(loss)
     return loss.detach()
 
 
-def timed_step(step: Callable[[], Tensor], model: nn.Module) -> float:
+def timed_step(step: Step, model: nn.Module) -> float:
     """Milliseconds of a step that makes its gradients, until the device is done."""
     model.zero_grad(set_to_none=True)
     return timed(partial(backward, step, model))[1]
 
 
-def measure(own: Qwen3, theirs: Any, groups: Groups, rounds: int, *, completions_only: bool) -> Row:
-    ways = steps(own, theirs, groups, completions_only=completions_only)
+def fits(own: Qwen3, groups: Groups) -> bool:
+    """Whether an unfolded step does."""
+    try:
+        backward(partial(own_step, own, groups, "none", 0), own)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        own.zero_grad(set_to_none=True)
+        release()
+    return True
+
+
+def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int) -> Row:
     losses, peaks, skipped = {}, {}, {}
     for name, step in list(ways.items()):
         try:
@@ -118,6 +131,7 @@ def measure(own: Qwen3, theirs: Any, groups: Groups, rounds: int, *, completions
         "tokens": fold.num_tokens,
         "nodes": fold.num_nodes,
         "compression": round(fold.compression, 4),
+        "checkpointing": own.checkpointing,
         "rounds": done,
         "wall_ms": medians(wall),
         "speedup": {
@@ -161,17 +175,20 @@ def show(row: Row) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b"], 7)
+    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b"], 7, ways=True)
     record = Record(given.out, given.commit, ("shape", "batch", "loss"))
     for shape in given.shapes:
         own = own_model(shape)
         print(f"{shape}: steps on {SHAPES_SEEN} shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
         theirs = their_model(shape, own)
-        for name, groups in tqdm(batches(given.batches_file, smoke=given.smoke).items(), desc=shape):
+        for name, groups in tqdm(batches(given.batches_file, given.only, smoke=given.smoke).items(), desc=shape):
+            set_checkpointing(own, theirs, on=False)
+            set_checkpointing(own, theirs, on=not fits(own, groups))
             for loss in ("all", "completions") if groups.prompt else ("all",):
-                found = measure(own, theirs, groups, given.rounds, completions_only=loss == "completions")
-                row = {"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen} | found
-                record.add(row)
+                ways = steps(own, theirs, groups, completions_only=loss == "completions")
+                chosen = {way: ways[way] for way in given.ways or ways if way in ways}
+                row = {"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen}
+                record.add(row := row | measure(chosen, own, groups, given.rounds))
                 show(row)
         del own, theirs
         release()

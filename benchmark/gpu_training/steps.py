@@ -18,8 +18,6 @@ from radix_torch_varlen import Batch as Folded
 from radix_torch_varlen import Level, Qwen3, Qwen3Config
 
 IGNORED = -100
-# From this size on the backward pass computes each layer again: activations would not fit otherwise.
-CHECKPOINTED = ("qwen3-4b", "qwen3-8b")
 
 Step = Callable[[], Tensor]
 
@@ -39,8 +37,7 @@ def own_model(shape: str) -> Qwen3:
     names = set(Qwen3Config.__dataclass_fields__) - {"windows"}
     torch.manual_seed(0)
     with DEVICE:
-        sizes = Qwen3Config(**{name: getattr(config, name) for name in names})
-        model = Qwen3(sizes, checkpointing=shape in CHECKPOINTED)
+        model = Qwen3(Qwen3Config(**{name: getattr(config, name) for name in names}))
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=config.initializer_range)
@@ -48,19 +45,27 @@ def own_model(shape: str) -> Qwen3:
 
 
 def their_model(shape: str, own: Qwen3) -> Any:
-    """transformers' model with the same weights in memory."""
+    """transformers' model with the same parameters, so that one zero_grad frees the gradients of both."""
     make: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         model = make(SHAPES[shape], dtype=torch.bfloat16, attn_implementation="sdpa")
-    weights = {name if name.startswith("lm_head") else f"model.{name}": x for name, x in own.state_dict().items()}
+    parameters = own.state_dict(keep_vars=True).items()
+    weights = {name if name.startswith("lm_head") else f"model.{name}": x for name, x in parameters}
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     # What has no weights was not loaded: the rotary frequencies.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(SHAPES[shape]).to(DEVICE)
-    if shape in CHECKPOINTED:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def set_checkpointing(own: Qwen3, theirs: Any, *, on: bool) -> None:
+    """Whether the backward pass computes each layer again instead of keeping its activations."""
+    own.checkpointing = on
+    if on:
+        theirs.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        theirs.gradient_checkpointing_disable()
 
 
 def steps(own: Qwen3, theirs: Any, groups: Groups, *, completions_only: bool) -> dict[str, Step]:

@@ -19,7 +19,11 @@ def targets(rows: list[Row]) -> list[Row]:
         for loss, share in SHARE.items():
             speeds = [row["speedup"]["full"] / row["compression"] for row in own if row["loss"] == loss]
             checks.append((f"{shape}, loss on {loss}: share of compression ≥ {share}", speeds, share))
-        memory = [row["peak_gib"]["none"] / row["peak_gib"]["full"] / row["compression"] for row in own]
+        memory = [
+            row["peak_gib"]["none"] / row["peak_gib"]["full"] / row["compression"]
+            for row in own
+            if row["peak_gib"]["full"]
+        ]
         checks.append(
             (f"{shape}: memory of none over full, as a share of compression ≥ 1/{MEMORY}", memory, 1 / MEMORY)
         )

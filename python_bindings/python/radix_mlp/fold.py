@@ -104,10 +104,9 @@ class Fold(_core.Fold):
     ) -> Self:
         """Fold sequences of token ids, each at positions 0, 1, 2 and so on."""
         input_ids, offsets = packed(sequences)
-        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         return cls(
             input_ids,
-            positions,
+            _counted(offsets),
             offsets,
             layout=layout,
             pad_multiple_of=pad_multiple_of,
@@ -141,18 +140,18 @@ class Fold(_core.Fold):
                 "input_ids and attention_mask must have one shape [sequences, length], "
                 f"got {ids.shape} and {mask.shape}"
             )
-        stray = mask[(mask != 0) & (mask != 1)]
-        if stray.size:
-            raise ValueError(f"attention_mask must hold 0 and 1, got {stray[0]}")
         kept = mask.astype(bool)
+        if mask.dtype != bool and (stray := mask[mask != kept]).size:
+            raise ValueError(f"attention_mask must hold 0 and 1, got {stray[0]}")
+        offsets = _offsets(np.count_nonzero(kept, axis=1))
         if position_ids is None:
-            positions = (np.cumsum(kept, axis=1) - 1)[kept]
+            positions = _counted(offsets)
         else:
             positions = np.broadcast_to(host["position_ids"], ids.shape)[kept]
         return cls(
-            ids[kept],
+            ids.ravel() if kept.all() else ids[kept],
             positions,
-            _offsets(kept.sum(axis=1)),
+            offsets,
             layout=layout,
             pad_multiple_of=pad_multiple_of,
             salts=salts,
@@ -242,6 +241,13 @@ def _offsets(lengths: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.in
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def _counted(offsets: NDArray[np.int64]) -> UInt32:
+    """0, 1, 2 and so on in each of the sequences that lie between `offsets`."""
+    counted = np.arange(offsets[-1], dtype=np.uint32)
+    counted -= np.repeat(offsets[:-1].astype(np.uint32), np.diff(offsets))
+    return counted
 
 
 def _first_ids(ids: list[int]) -> str:

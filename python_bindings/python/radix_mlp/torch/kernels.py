@@ -136,12 +136,13 @@ def _query_gradient_tile(
 
 @triton.jit(do_not_specialize=["rows", "window"])
 def query_gradient(
-    Q, K, V, DOut, Lse, Delta, DQ, subtree_end, depth, full, partial, blocks, rows, scale, softcap, window,
-    stride_q, stride_qh, stride_o, stride_oh, stride_dq, stride_dqh,
+    Q, K, V, Out, DOut, Lse, Delta, DQ, subtree_end, depth, full, partial, blocks, rows, scale, softcap, window,
+    stride_q, stride_qh, stride_out, stride_outh, stride_o, stride_oh, stride_dq, stride_dqh,
     GROUP: tl.constexpr, TILE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Writes `Delta`, the products of each query's output and its gradient, as well: `key_gradient` reads it."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     EVEN: tl.constexpr = HEAD_DIM == DIM
@@ -153,7 +154,9 @@ def query_gradient(
     q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, EVEN)
     dout = _load_heads(DOut, row, head, dim, stride_o, stride_oh, valid, HEAD_DIM, EVEN)
     lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
-    delta = tl.load(Delta + head * rows + row, mask=valid, other=0.0)
+    out = _load_heads(Out, row, head, dim, stride_out, stride_outh, valid, HEAD_DIM, EVEN)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(Delta + head * rows + row, delta, mask=valid)
 
     acc = tl.zeros([TILE, DIM], tl.float32)
     for i in range(tl.load(full + block), tl.load(full + block + 1)):

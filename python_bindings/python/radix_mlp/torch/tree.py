@@ -61,22 +61,21 @@ class _TreeAttention(torch.autograd.Function):
         dout = _rows(gradients[0])
         rows, _, _ = q.shape
         kv_heads = k.shape[1]
-        delta = (out.float() * dout.float()).sum(-1).t().contiguous()
+        delta = torch.empty_like(lse)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         scalars = (rows, ctx.scale, ctx.softcap or 0.0, mask.window or 0)
-        strides = (*q.stride()[:2], *dout.stride()[:2])
         tiles = _query_gradient_tiles(mask.tiles, q.dtype)
         kernels.query_gradient[(len(mask.full) - 1, kv_heads)](
-            q, *_descriptors(tiles, k, v), dout, lse, delta, dq,  # type: ignore[call-arg]
+            q, *_descriptors(tiles, k, v), out, dout, lse, delta, dq,  # type: ignore[call-arg]
             mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
-            *scalars, *strides, *dq.stride()[:2],
+            *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
             **_constants(q, kv_heads, mask, ctx.softcap, tiles),
         )  # fmt: skip
         tiles = _key_gradient_tiles(q.shape[-1], q.dtype)
         kernels.key_gradient[(triton.cdiv(rows, tiles.key_block), kv_heads)](
             q, *_descriptors(tiles, k, v), dout, lse, delta, dk, dv,  # type: ignore[call-arg]
             mask.subtree_end, mask.depth,
-            *scalars, *strides, *dk.stride()[:2], *dv.stride()[:2],
+            *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
             **_constants(q, kv_heads, mask, ctx.softcap, tiles),
         )  # fmt: skip
         return dq, dk, dv, None, None, None
