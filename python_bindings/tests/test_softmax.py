@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from radix_mlp import Fold
-from radix_mlp.torch import cross_entropy, log_probs, next_token_labels
+from radix_mlp.torch import Head, cross_entropy, log_probs, next_token_labels
 from radix_mlp.torch.softmax import BLOCK, logsumexp, softmax_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,13 +51,13 @@ def test_rows_are_those_of_float64(monkeypatch: pytest.MonkeyPatch, columns: int
     assert torch.equal(wide[:, columns:], beside)
 
 
-def gradients(function: Any, hidden: Tensor, weight: Tensor, **options: Any) -> list[Tensor]:
+def gradients(function: Any, *parameters: Tensor, **options: Any) -> list[Tensor]:
     """Value and gradients of the sum of `function`, whose labels often repeat and are sometimes likely."""
     fold = Fold.from_sequences(SEQUENCES, layout="depth_first")
     ids = torch.tensor([token for own in SEQUENCES for token in own])
-    labels = next_token_labels(ids, torch.from_numpy(fold.cu_seq_lengths.astype("int64"))).to(hidden.device)
-    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-    value = function(leaves[0], leaves[1], fold, labels, **options)
+    labels = next_token_labels(ids, torch.from_numpy(fold.cu_seq_lengths.astype("int64"))).to(DEVICE)
+    leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+    value = function(leaves[0], Head(*leaves[1:]), fold, labels, **options)
     upstream = torch.arange(value.numel(), device=value.device).view(value.shape).to(value.dtype) + 1
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
 
@@ -72,12 +72,13 @@ def test_the_loss_is_no_further_from_float64_with_kernels(
 ) -> None:
     torch.manual_seed(0)
     rows = Fold.from_sequences(SEQUENCES).num_rows
-    hidden, weight = (torch.randn(n, 64, device=DEVICE).to(dtype) for n in (rows, BLOCK + 5))
-    truth = gradients(function, hidden.double(), weight.double(), **options)
+    shapes = [(rows, 64), (BLOCK + 5, 64), (BLOCK + 5,)]
+    parameters = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    truth = gradients(function, *(parameter.double() for parameter in parameters), **options)
     errors = []
     for kernels in (False, True):
         use_kernels(monkeypatch, kernels)
-        found = gradients(function, hidden, weight, **options)
+        found = gradients(function, *parameters, **options)
         errors.append([float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True)])
     for without, with_kernels in zip(*errors, strict=True):
         # Both round logits and gradients to the dtype; what lies between is float32 in both.

@@ -242,7 +242,7 @@ class _Gradients:
         if slope is not None:
             gradient = gradient * slope
         if self.bias is not None:
-            self.bias += gradient.sum(0)
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
         gradient = gradient.to(states.dtype)
         if self.hidden is not None:
             own = gradient if self.head is None else gradient @ self.head.weight
@@ -250,13 +250,16 @@ class _Gradients:
         if self.weight is not None:
             self.weight += gradient.t() @ states
 
-    def scaled(self, by: Tensor, *, weight: Any, bias: Any) -> tuple[Tensor | None, ...]:
-        """For hidden, weight and bias, times `by`, in the dtypes of `weight` and `bias`."""
-        return (
-            None if self.hidden is None else self.hidden * by.to(self.hidden.dtype),
-            None if self.weight is None else (self.weight * by).to(weight),
-            None if self.bias is None else (self.bias * by).to(bias),
-        )
+    def all(self) -> tuple[Tensor | None, ...]:
+        """For hidden, weight and bias."""
+        return self.hidden, self.weight, self.bias
+
+
+def _scaled(gradient: Tensor | None, by: Tensor, like: Any) -> Tensor | None:
+    """`gradient * by` in the dtype of `like`, without a copy of it in its own."""
+    if gradient is None:
+        return None
+    return torch.mul(gradient, by.to(gradient.dtype), out=torch.empty_like(gradient, dtype=like))
 
 
 class _Loss(torch.autograd.Function):
@@ -292,14 +295,15 @@ class _Loss(torch.autograd.Function):
                 added = equal_weight[own] * (smoothing - 1)
                 gradient = _softmax_gradient(logits, lse, factor, shift, place, label, added)
                 gradients.add(pairs.rows[rows], states, gradient, slope)
-        ctx.gradients = gradients
-        ctx.dtypes = tuple(None if x is None else x.dtype for x in (weight, bias))
+        # Saved, so that they go with the graph: the weight's is float32 of the size of the head.
+        ctx.save_for_backward(*((None,) * 3 if gradients is None else gradients.all()))
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias = ctx.dtypes
-        return (*ctx.gradients.scaled(upstream[0], weight=weight, bias=bias), None, None, None, None, None)
+        scaled = map(_scaled, ctx.saved_tensors, upstream * 3, ctx.dtypes)
+        return (*scaled, None, None, None, None, None)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -333,6 +337,6 @@ class _LogProbs(torch.autograd.Function):
             shift = torch.zeros_like(lse)
             gradient = _softmax_gradient(logits, lse, factor, shift, place, label, equal_weight[own])
             gradients.add(pairs.rows[rows], states, gradient, slope)
-        one = torch.ones((), dtype=_precision(hidden), device=hidden.device)
-        dtypes = {"weight": None if weight is None else weight.dtype, "bias": None if bias is None else bias.dtype}
-        return (*gradients.scaled(one, **dtypes), None, None)
+        likes = (hidden, weight, bias)
+        found = zip(gradients.all(), likes, strict=True)
+        return (*(None if mine is None else mine.to(like.dtype) for mine, like in found), None, None)
