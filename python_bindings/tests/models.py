@@ -338,9 +338,8 @@ REFUSED = [
     Refused("LFM2", "lfm2", STATE, {**TINY, "layer_types": ["conv", "full_attention", "conv"]}),
     # It does not tell its attention of the window.
     Refused("Phi-3.5-MoE with a window", "phimoe", "window", {**TINY, **EXPERTS, **WINDOW}),
-    # Rotary and causal, but their attention is their own code and not transformers' replaceable function.
+    # Rotary and causal, but its attention is its own code and not transformers' replaceable function.
     Refused("Nemotron", "nemotron", "attention"),
-    Refused("GPT-J", "gptj", "attention", {"vocab_size": 96, "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8}),
 ]
 
 

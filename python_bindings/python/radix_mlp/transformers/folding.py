@@ -39,6 +39,9 @@ ATTRIBUTE = "_radix_mlp_folding"
 # What a model's loss function takes beside logits, labels and the size of the vocabulary.
 LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
+# What transformers calls its cache of keys and values, in arguments and outputs: the first from 5.24 on.
+CACHE_NAMES = ("cache", "past_key_values")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -156,6 +159,8 @@ class Folding:
         self.level, self.backend, self.allow_dropout = level, backend, allow_dropout
         self.count_padding = counts_padding(model)
         self.layers: int = model.config.num_hidden_layers
+        declared = inspect.signature(self.decoder.forward).parameters
+        self.cache_name = next(name for name in CACHE_NAMES if name in declared)
         self.graphs: Graphs | None = None
         self.row_multiple: int | None = None
         if cuda_graphs:
@@ -187,7 +192,7 @@ class Folding:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind_partial(*args, **kwargs).arguments
             call |= call.pop("kwargs", {})
-            cache = call.get("past_key_values")
+            cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
             if KEYWORD in call:
                 return self._run(call) if module is self.decoder else own(**call)
             if cache is not None and cache.get_seq_length() > 0:
@@ -244,7 +249,7 @@ class Folding:
         bounds = rest.pop("cu_seq_lengths", rest.pop("cu_seq_lens_q", None))
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"):
             rest.pop(name, None)
-        cache = rest.pop("past_key_values", None)
+        cache = rest.pop("cache", rest.pop("past_key_values", None))
         use_cache = bool(rest.pop("use_cache", False))
         packed = pack_call(
             rest.pop("input_ids"),
@@ -263,7 +268,7 @@ class Folding:
             **rest,
             # A mask of four dimensions is taken as it is, so that none is made; attention never reads it.
             "attention_mask": torch.zeros(1, 1, 1, 1, device=embeddings.device),
-            "past_key_values": DynamicCache() if use_cache else None,
+            self.cache_name: DynamicCache() if use_cache else None,
             "use_cache": use_cache,
             KEYWORD: attend,
         }
@@ -318,7 +323,7 @@ class Folding:
         for name, value in output.items():
             if name in fields or name == without:
                 continue
-            if name == "past_key_values":
+            if name in CACHE_NAMES:
                 fields[name] = self._restored_cache(value, batch, call.cache)
             elif isinstance(value, Tensor):
                 fields[name] = batch.restore(value)
