@@ -57,7 +57,8 @@ def gradients(function: Any, *parameters: Tensor, **options: Any) -> list[Tensor
     ids = torch.tensor([token for own in SEQUENCES for token in own])
     labels = next_token_labels(ids, torch.from_numpy(fold.cu_seq_lengths.astype("int64"))).to(DEVICE)
     leaves = [parameter.detach().requires_grad_() for parameter in parameters]
-    value = function(leaves[0], Head(*leaves[1:]), fold, labels, **options)
+    head = Head(leaves[1], leaves[2] if len(leaves) > 2 else None)
+    value = function(leaves[0], head, fold, labels, **options)
     upstream = torch.arange(value.numel(), device=value.device).view(value.shape).to(value.dtype) + 1
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
 
