@@ -105,6 +105,10 @@ FALCON: Options = {
     "num_hidden_layers": 2,
     "alibi": True,
 }
+# Of the families that have some by default.
+NO_DROPOUT: Options = dict.fromkeys(
+    ("attention_dropout", "attn_pdrop", "dropout", "embd_pdrop", "resid_pdrop", "residual_dropout"), 0.0
+)
 LINEAR_AND_FULL = ["linear_attention", "full_attention", "linear_attention"]
 # What a refusal may call a layer that mixes tokens in another way than by attention.
 STATE = "recurrent|linear attention|state|convolution"
@@ -221,9 +225,9 @@ FAMILIES = [
         {"partial rotary": partial_rotary(1.0), "parallel MLP": {"use_parallel_residual": False}},
         partial_rotary(0.25),
     ),
-    Family("GPT-2", "gpt2", {"learned positions": {}}),
-    Family("GPT-BigCode", "gpt_bigcode", {"learned positions": {}, "one key head": {}}),
-    Family("OPT", "opt", {"learned positions": {}}, {"ffn_dim": 96, "word_embed_proj_dim": 48}),
+    Family("GPT-2", "gpt2", {"learned positions": {}}, NO_DROPOUT),
+    Family("GPT-BigCode", "gpt_bigcode", {"learned positions": {}, "one key head": {}}, NO_DROPOUT),
+    Family("OPT", "opt", {"learned positions": {}}, {**NO_DROPOUT, "ffn_dim": 96, "word_embed_proj_dim": 48}),
     Family("StarCoder2", "starcoder2", {"sliding window": NO_WINDOW, "biased projections": {}}, WINDOW),
     Family(
         "Granite",
@@ -243,7 +247,7 @@ FAMILIES = [
     ),
     Family("EXAONE 4", "exaone4", {"mixed windows": NO_WINDOW, "no rotary in full layers": {}}, MIXED),
     Family("ERNIE 4.5", "ernie4_5", {"interleaved rotary": {}}),
-    Family("Seed-OSS", "seed_oss", {"biased projections": {}}, NARROW),
+    Family("Seed-OSS", "seed_oss", {"biased projections": {}}, {**NARROW, **NO_DROPOUT}),
     Family("Helium", "helium", {"interleaved rotary": {}}),
     Family("Arcee", "arcee", {"squared ReLU": {"hidden_act": "silu"}}),
     Family("Apertus", "apertus", {"learned activation": {}, "scaled rotary frequencies": ROTARY}, LLAMA3_ROTARY),

@@ -294,32 +294,6 @@ def test_graphs_need_cuda(model: Any) -> None:
     assert "forward" not in vars(model)
 
 
-def test_dropout_is_refused_only_while_active(batch: dict[str, Tensor]) -> None:
-    model = make(Qwen3Config(**SIZES, attention_dropout=0.1))
-    fold(model)
-    model(**batch)
-    with pytest.raises(UnsupportedModelError, match=r"active dropout of 0\.1"):
-        model.train()(**batch)
-    model = make()
-    model.model.layers[0].mlp.add_module("drop", nn.Dropout(0.3))
-    fold(model)
-    with pytest.raises(UnsupportedModelError, match=r"drop has p=0\.3"):
-        model.train()(**batch)
-
-
-def test_dropout_that_was_asked_for_is_shared_by_copies(batch: dict[str, Tensor]) -> None:
-    model = make().train()
-    mlp = model.model.layers[0].mlp
-    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Dropout(0.5))
-    fold(model, allow_dropout=True)
-    states = model.model(**batch).last_hidden_state
-    # Sequences 0 and 1 share four tokens.
-    first = [int(batch["attention_mask"][row].argmax()) for row in (0, 1)]
-    shared = [states[row, start : start + 4] for row, start in enumerate(first)]
-    assert torch.equal(*shared)
-    assert not torch.equal(model.model(**batch).last_hidden_state, states)
-
-
 def test_training_makes_no_logits_of_the_batch(model: Any, batch: dict[str, Tensor]) -> None:
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     fold(model)

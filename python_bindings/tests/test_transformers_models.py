@@ -136,10 +136,6 @@ def test_folded_equals_plain(pair: Pair, level: str, sequences: Sequences, side:
 def training_loss(model: PreTrainedModel, options: Options | None, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The loss of every next token, and the embedding's gradient of it."""
     model.train()
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name == "p" or ("drop" in name and isinstance(value, float)):
-                setattr(module, name, 0.0)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with nullcontext() if options is None else folded(model, **options):
         loss = model(**batch, labels=labels, use_cache=False).loss

@@ -76,8 +76,8 @@ def fold(
 
     In training mode, with `labels`, the loss is that of `radix_mlp.torch.cross_entropy`: the vocabulary's logits
     exist for a chunk of nodes at a time, and `logits` of the result is None. Labels behind padding count nothing.
-    Active dropout is refused, as copies of a token would draw different masks, unless `allow_dropout` says that they
-    may share theirs; dropout within attention is refused always.
+    Active dropout or noise is refused, as copies of a token would draw different values, unless `allow_dropout` says
+    that they may share theirs; dropout within attention is refused always.
 
     A cache is made only where `use_cache=True` is passed. Tokens after a cache, as `generate` decodes
     them, run as in the model itself.

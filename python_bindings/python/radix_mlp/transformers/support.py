@@ -3,6 +3,7 @@
 import inspect
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 # Model types for which the tests compare every fold level with the plain model.
@@ -21,6 +22,8 @@ ABSOLUTE = {"hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"}
 # With windows that attention is not told of.
 WINDOW_IN_MASK = {"phimoe"}
 RANDOM_ROUTING = {"phimoe"}
+# In the names of probabilities and magnitudes of what is drawn at random: modules hold them as numbers of their own.
+RANDOM_WORDS = ("drop", "jitter", "noise")
 # With learned positions that the model counts from the attention mask.
 COUNTED_BY_MASK = {"opt"}
 
@@ -48,7 +51,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 
 def refuse_dropout(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError where a dropout layer of `model` is active."""
+    """Raises UnsupportedModelError where `model` draws random numbers, by dropout or by noise: copies share theirs."""
     if not model.training:
         return
     if model.config.model_type in RANDOM_ROUTING:
@@ -56,12 +59,22 @@ def refuse_dropout(model: PreTrainedModel) -> None:
             f"{type(model).__name__} cannot be folded in training: it draws experts at random, and copies of a token "
             "would draw different ones. Call model.eval()"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+    for path, module in model.named_modules():
+        if module.training and (found := _randomness(module)):
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be folded with active dropout: copies of a token would draw different "
-                f"masks, and {name} has p={module.p}. Set it to 0 or call model.eval()"
+                f"{type(model).__name__} cannot be folded with active dropout or noise: copies of a token would draw "
+                f"different values, and {path or 'the model'} has {found}. Set it to 0 or call model.eval()"
             )
+
+
+def _randomness(module: nn.Module) -> str | None:
+    """The attribute by which `module` drops or disturbs at random, and its value; None where nothing does."""
+    if isinstance(module, _DropoutNd):
+        return f"p={module.p}" if module.p > 0 else None
+    for name, value in vars(module).items():
+        if type(value) in (int, float) and value > 0 and any(word in name for word in RANDOM_WORDS):
+            return f"{name}={value}"
+    return None
 
 
 def counts_padding(model: PreTrainedModel) -> bool:
