@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from models import FAMILIES, LEVELS, README, REFUSED, Family, Options, Refused, with_table
 from radix_mlp.transformers import UnsupportedModelError, fold, folded
+from radix_mlp.transformers.folding import CACHE_NAMES
 from radix_mlp.transformers.support import PROVEN, RANDOM_ROUTING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,6 +132,44 @@ def test_folded_equals_plain(pair: Pair, level: str, sequences: Sequences, side:
     computed = outputs(pair.folded, {"level": level}, **batch)
     for one, other in zip(computed, expected, strict=True):
         assert_close(one, other, kept)
+
+
+@torch.no_grad()
+def test_hidden_states_equal_plain(pair: Pair) -> None:
+    batch = padded(RICH, "right")
+    kept = batch["attention_mask"].bool()
+    expected = pair.plain(**batch, output_hidden_states=True, use_cache=False).hidden_states
+    with folded(pair.folded):
+        computed = pair.folded(**batch, output_hidden_states=True).hidden_states
+    assert len(expected) > pair.plain.config.num_hidden_layers
+    for one, other in zip(computed, expected, strict=True):
+        assert one.shape == other.shape
+        # Gemma 3n has several streams of them, [streams, sequences, length, hidden].
+        shape = (-1, *kept.shape, one.shape[-1])
+        for mine, theirs in zip(one.view(shape), other.view(shape), strict=True):
+            assert_close(mine, theirs, kept)
+
+
+@torch.no_grad()
+def test_decoding_equals_plain(pair: Pair) -> None:
+    batch = padded(RICH, "left")
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    step = {
+        "input_ids": torch.full((len(RICH), 1), 2, device=DEVICE),
+        "attention_mask": nn.functional.pad(batch["attention_mask"], (0, 1), value=1),
+        "position_ids": batch["attention_mask"].sum(1, keepdim=True),
+    }
+
+    def decoded(model: PreTrainedModel) -> Tensor:
+        prefilled = model(**batch, use_cache=True)
+        cache = {name: prefilled[name] for name in prefilled.keys() & set(CACHE_NAMES)}
+        logits: Tensor = model(**step, **cache, use_cache=True).logits
+        return logits
+
+    expected = decoded(pair.plain)
+    with folded(pair.folded):
+        computed = decoded(pair.folded)
+    assert_close(computed, expected, torch.ones(computed.shape[:2], dtype=torch.bool, device=DEVICE))
 
 
 def training_loss(model: PreTrainedModel, options: Options | None, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

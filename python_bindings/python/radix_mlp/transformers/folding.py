@@ -326,12 +326,21 @@ class Folding:
             if name in CACHE_NAMES:
                 fields[name] = self._restored_cache(value, batch, call.cache)
             elif isinstance(value, Tensor):
-                fields[name] = batch.restore(value)
+                fields[name] = self._restored_states(name, value, batch)
             elif isinstance(value, tuple):
-                fields[name] = tuple(batch.restore(each) for each in value)
+                fields[name] = tuple(self._restored_states(name, each, batch) for each in value)
             else:
                 raise UnsupportedModelError(f"{type(self.model).__name__} returned {name}, a {type(value).__name__}")
         return fields if without is not None else type(output)(**fields)
+
+    def _restored_states(self, name: str, compact: Tensor, batch: Batch) -> Tensor:
+        """States [1, rows, width], or [streams, 1, rows, width] where those are parallel (Gemma 3n), in their places."""
+        if compact.ndim not in (3, 4) or compact.shape[-3:-1] != (1, batch.fold.num_rows):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} returned {name} of shape {tuple(compact.shape)}, where "
+                f"[1, {batch.fold.num_rows}, width] was expected"
+            )
+        return batch.restore(compact) if compact.ndim == 3 else torch.stack([batch.restore(each) for each in compact])
 
     def _restored_cache(self, compact: DynamicCache, batch: Batch, cache: Any) -> Any:
         """The keys and values [sequences, key heads, length, head_dim] of every layer, in `cache` or a new one."""
