@@ -1,9 +1,11 @@
 """What attention over a fold costs on a GPU, read off the fold: enough to pick a backend.
 
-Both kernels multiply tiles of queries by blocks of keys, whole tiles where a sequence fills only a
-part of them; query-folded attention also gathers keys and values.
+A call takes what the host takes to launch it or, where that is more, what the device takes for its parts.
+Both kernels multiply tiles of queries by blocks of keys, whole tiles where a sequence fills only a part of
+them; query-folded attention also gathers keys and values.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,27 +16,65 @@ from radix_mlp.torch.sequential import first_rows, sequence_lengths
 if TYPE_CHECKING:
     from radix_mlp.torch.tree_mask import Tiles
 
-# Measured on an H200 by benchmark/gpu_attention/measure.py.
-# The rate on full blocks, and what a tile of queries costs beside its blocks.
-TREE_FLOPS = 450e12
-TREE_TILE_SECONDS = 40e-9
-FLASH_FLOPS = 330e12
-BYTES_PER_SECOND = 3.0e12
-# The gather of keys and of values, and what more a call with two gathers launches.
-GATHER_SECONDS = 10e-6
+Work = dict[str, float]
+
 # FlashAttention-2's tiles.
 FLASH_QUERIES, FLASH_KEYS = 128, 64
 
 
-def tree_seconds(rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int) -> float:
-    """Of a forward call of tree attention that lists `blocks` pairs of blocks, two products for each."""
-    flops = 4 * head_dim * tiles.tile * tiles.key_block * blocks
-    query_blocks = -(-rows // (tiles.tile // group))
-    return kv_heads * (flops / TREE_FLOPS + query_blocks * TREE_TILE_SECONDS)
+@dataclass(frozen=True)
+class Rates:
+    """Seconds: of the host for a call, and of the device for a unit of each kind of work."""
+
+    host: float
+    device: dict[str, float]
+
+    def seconds(self, work: Work) -> float:
+        return max(self.host, sum(rate * work[kind] for kind, rate in self.device.items()))
 
 
-def flash_seconds(fold: Fold, heads: int, kv_heads: int, head_dim: int, window: int | None) -> float:
-    """Of a forward call of query-folded attention in float16 or bfloat16, its gathers included."""
+# Measured on an H200 by benchmark/gpu_attention/measure.py, fitted by fit.py beside it; training is a forward and a
+# backward pass. No measured call of FlashAttention waited for the host.
+TREE = Rates(1.91e-4, {"flops": 2.26e-15, "tiles": 2.73e-9})
+TREE_TRAINING = Rates(1.15e-3, {"flops": 6.44e-15, "tiles": 4.12e-7, "walk": 2.14e-8})
+FLASH = Rates(0.0, {"flops": 2.67e-15, "tiles": 3.6e-8, "bytes": 1.56e-13, "gathers": 5.66e-5})
+FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.29e-7, "bytes": 3.25e-12, "gathers": 3.01e-4})
+
+
+def tree_seconds(
+    rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int, walk: int | None = None
+) -> float:
+    """Of a call of tree attention that lists `blocks` pairs of blocks; with `walk` (`longest_walk`), of training."""
+    work = tree_work(rows, blocks, tiles, kv_heads, group, head_dim, walk or 0)
+    return (TREE if walk is None else TREE_TRAINING).seconds(work)
+
+
+def flash_seconds(
+    fold: Fold, heads: int, kv_heads: int, head_dim: int, window: int | None, *, training: bool = False
+) -> float:
+    """Of a call of query-folded attention in float16 or bfloat16, its gathers included."""
+    work = flash_work(fold, heads, kv_heads, head_dim, window)
+    return (FLASH_TRAINING if training else FLASH).seconds(work)
+
+
+def tree_work(rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int, walk: int = 0) -> Work:
+    """Flops of two products a pair of blocks, tiles of queries, and the (row, head) pairs of the longest walk."""
+    return {
+        "flops": 4 * head_dim * tiles.tile * tiles.key_block * blocks * kv_heads,
+        "tiles": -(-rows // (tiles.tile // group)) * kv_heads,
+        "walk": walk * group,
+    }
+
+
+def longest_walk(fold: Fold) -> int:
+    """The most rows that see one key of a depth-first fold: the gradient of a block of keys walks through them all."""
+    assert fold.subtree_end is not None
+    ends = fold.subtree_end.astype(np.int64)
+    return int((ends - np.arange(len(ends))).max(initial=0))
+
+
+def flash_work(fold: Fold, heads: int, kv_heads: int, head_dim: int, window: int | None) -> Work:
+    """Flops of two products, tiles of queries, bytes that the gathers of keys and values move, if any."""
     queries, keys = first_rows(fold), sequence_lengths(fold)
     keys, queries = keys[queries > 0], queries[queries > 0]
     tiles = -(-queries // FLASH_QUERIES)
@@ -42,8 +82,11 @@ def flash_seconds(fold: Fold, heads: int, kv_heads: int, head_dim: int, window: 
     seen = tiles * (keys - queries) + FLASH_QUERIES * tiles * (tiles + 1) // 2
     if window is not None:
         seen = np.minimum(seen, tiles * (window + FLASH_QUERIES))
-    scores = FLASH_QUERIES * (seen + tiles * FLASH_KEYS // 2).sum() * heads
-    gathered = 0 if fold.num_tokens == fold.num_nodes else 8 * keys.sum() * kv_heads * head_dim
-    return float(
-        4 * head_dim * scores / FLASH_FLOPS + gathered / BYTES_PER_SECOND + (GATHER_SECONDS if gathered else 0)
-    )
+    scores = int(FLASH_QUERIES * (seen + tiles * FLASH_KEYS // 2).sum()) * heads
+    gathers = fold.num_tokens != fold.num_nodes
+    return {
+        "flops": 4 * head_dim * scores,
+        "tiles": int(tiles.sum()) * heads,
+        "bytes": 8 * int(keys.sum()) * kv_heads * head_dim if gathers else 0,
+        "gathers": int(gathers),
+    }
