@@ -1,0 +1,188 @@
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::{DType, Layout, Result, Tensor};
+
+use super::{Binary, LOAD, tensor, unwritten, view};
+use crate::tree_attention::{KEY_BLOCK, query_block};
+use crate::{KernelError, TreeMask};
+
+const THREADS: u32 = 128;
+/// Queries of a tile and keys of two blocks, of keys and of values, are in shared memory at once.
+const SHARED_ROWS: usize = 128 + 2 * KEY_BLOCK;
+
+/// The output and, where `lse`, the denominators; see [`crate::tree_attention_with_lse`], whose arguments have been checked
+/// but for dtype and head_dim.
+pub fn tree_attention(
+    [q, k, v]: [&Tensor; 3],
+    mask: &TreeMask,
+    scale: f32,
+    softcap: Option<f32>,
+    lse: bool,
+) -> std::result::Result<(Tensor, Tensor), KernelError> {
+    let (rows, heads, head_dim) = q.dims3()?;
+    if !matches!(q.dtype(), DType::F16 | DType::BF16) {
+        return Err(KernelError::DType {
+            name: "q",
+            expected: "f16 or bf16 on CUDA",
+            found: q.dtype(),
+        });
+    }
+    if !matches!(head_dim, 64 | 128) {
+        let expected = "[rows, heads, 64 or 128] on CUDA".to_owned();
+        return Err(KernelError::Shape {
+            name: "q",
+            expected,
+            found: q.shape().clone(),
+        });
+    }
+    if q.elem_count() == 0 {
+        let nothing = Tensor::zeros((heads, rows), DType::F32, q.device())?;
+        return Ok((q.clone(), nothing));
+    }
+    let inputs = [loadable(q)?, loadable(k)?, loadable(v)?];
+    let attention = Attention {
+        mask,
+        scale,
+        softcap,
+        lse,
+    };
+    Ok(match q.dtype() {
+        DType::F16 => attention.of::<half::f16>("f16", &inputs)?,
+        _ => attention.of::<half::bf16>("bf16", &inputs)?,
+    })
+}
+
+/// `x` with rows and heads at whole loads; a copy where it is not so.
+fn loadable(x: &Tensor) -> Result<Tensor> {
+    let layout = x.layout();
+    let size = x.dtype().size_in_bytes();
+    let steps = [
+        layout.start_offset(),
+        layout.stride()[0],
+        layout.stride()[1],
+    ];
+    if layout.stride()[2] == 1 && steps.iter().all(|step| (step * size).is_multiple_of(LOAD)) {
+        return Ok(x.clone());
+    }
+    x.force_contiguous()
+}
+
+/// The kernel's argument of the same name.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Sizes {
+    q_row: i64,
+    q_head: i64,
+    k_row: i64,
+    k_head: i64,
+    v_row: i64,
+    v_head: i64,
+    rows: u32,
+    heads: u32,
+    group: u32,
+    window: u32,
+    scale: f32,
+    softcap: f32,
+}
+
+// SAFETY: plain numbers, laid out as in tree_attention.cu.
+unsafe impl DeviceRepr for Sizes {}
+
+struct Attention<'a> {
+    mask: &'a TreeMask,
+    scale: f32,
+    softcap: Option<f32>,
+    lse: bool,
+}
+
+impl Attention<'_> {
+    fn of<T: CudaDType + DeviceRepr>(
+        &self,
+        dtype: &str,
+        [q, k, v]: &[Tensor; 3],
+    ) -> Result<(Tensor, Tensor)> {
+        let device = q.device().as_cuda_device()?;
+        let stream = device.cuda_stream();
+        let (rows, heads, head_dim) = q.dims3()?;
+        let sizes = self.sizes([q.layout(), k.layout(), v.layout()])?;
+        let shared = SHARED_ROWS * head_dim * size_of::<T>();
+        let function = Binary::TreeAttention
+            .function(device, &format!("tree_attention_{dtype}_{head_dim}"))?;
+        let limit = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(limit, i32::try_from(shared)?).w()?;
+        let mut out = unwritten::<T>(device, rows * heads * head_dim)?;
+        // CUDA has no allocations of nothing.
+        let asked_for = if self.lse { heads * rows } else { 1 };
+        let mut denominators = unwritten::<f32>(device, asked_for)?;
+
+        let held = [q, k, v].map(Tensor::storage_and_layout);
+        let mut views = Vec::with_capacity(held.len());
+        for (storage, layout) in &held {
+            views.push(view::<T>(storage, layout)?);
+        }
+        let [full_offsets, full, partial_offsets, partial] = &self.mask.lists;
+        let TreeMask {
+            subtree_end, depth, ..
+        } = self.mask;
+        let numbers = [
+            subtree_end,
+            depth,
+            full_offsets,
+            full,
+            partial_offsets,
+            partial,
+        ];
+        let held_numbers = numbers.map(Tensor::storage_and_layout);
+        let mut number_views = Vec::with_capacity(held_numbers.len());
+        for (storage, layout) in &held_numbers {
+            number_views.push(view::<u32>(storage, layout)?);
+        }
+        let nowhere = 0_u64;
+        let mut launch = stream.launch_builder(&function);
+        for view in &views {
+            launch.arg(view);
+        }
+        launch.arg(&mut out);
+        match self.lse {
+            true => launch.arg(&mut denominators),
+            false => launch.arg(&nowhere),
+        };
+        for view in &number_views {
+            launch.arg(view);
+        }
+        launch.arg(&sizes);
+        let tiles = u32::try_from(rows.div_ceil(query_block(self.mask.group)))?;
+        let config = LaunchConfig {
+            grid_dim: (tiles, sizes.heads / sizes.group, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: u32::try_from(shared)?,
+        };
+        // SAFETY: the arguments are those of the kernel; shapes, strides, alignment and the lists' blocks were checked.
+        unsafe { launch.launch(config) }.w()?;
+        let lse = match self.lse {
+            true => tensor(denominators, device, (heads, rows)),
+            false => tensor(denominators, device, 1),
+        };
+        Ok((tensor(out, device, q.shape()), lse))
+    }
+
+    fn sizes(&self, [q, k, v]: [&Layout; 3]) -> Result<Sizes> {
+        let (rows, heads, _) = q.shape().dims3()?;
+        let stride = |layout: &Layout, dim: usize| i64::try_from(layout.stride()[dim]);
+        Ok(Sizes {
+            q_row: stride(q, 0)?,
+            q_head: stride(q, 1)?,
+            k_row: stride(k, 0)?,
+            k_head: stride(k, 1)?,
+            v_row: stride(v, 0)?,
+            v_head: stride(v, 1)?,
+            rows: u32::try_from(rows)?,
+            heads: u32::try_from(heads)?,
+            group: u32::try_from(self.mask.group)?,
+            window: self.mask.window.unwrap_or(0),
+            scale: self.scale,
+            softcap: self.softcap.unwrap_or(0.0),
+        })
+    }
+}

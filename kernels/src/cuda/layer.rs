@@ -1,0 +1,186 @@
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::{Binary, contiguous, tensor, unwritten, view};
+
+const WARP: u32 = 32;
+const MOST_THREADS: u32 = 1024;
+/// Of the kernels that need none to work together.
+const THREADS: u32 = 256;
+/// Elements of one load.
+const UNIT: usize = 8;
+
+/// See [`crate::add_rms_norm`], whose arguments have been checked.
+pub fn add_rms_norm(
+    x: &Tensor,
+    delta: Option<&Tensor>,
+    weight: &Tensor,
+    epsilon: f32,
+) -> Result<(Tensor, Tensor)> {
+    match x.dtype() {
+        DType::F16 => add_rms_norm_of::<half::f16>("f16", x, delta, weight, epsilon),
+        DType::BF16 => add_rms_norm_of::<half::bf16>("bf16", x, delta, weight, epsilon),
+        dtype => bail!("add_rms_norm does not take {dtype:?} on CUDA"),
+    }
+}
+
+fn add_rms_norm_of<T: CudaDType + DeviceRepr>(
+    dtype: &str,
+    x: &Tensor,
+    delta: Option<&Tensor>,
+    weight: &Tensor,
+    epsilon: f32,
+) -> Result<(Tensor, Tensor)> {
+    let device = x.device().as_cuda_device()?;
+    let stream = device.cuda_stream();
+    let (x, weight) = (contiguous(x)?, contiguous(weight)?);
+    let delta = delta.map(contiguous).transpose()?;
+    let elements = x.elem_count();
+    let units = u32::try_from(weight.elem_count() / UNIT)?;
+    let rows = u32::try_from(elements / weight.elem_count())?;
+    let function = Binary::Layer.function(device, &format!("add_rms_norm_{dtype}"))?;
+    let mut normed = unwritten::<T>(device, elements)?;
+    let sum = delta.as_ref().map(|_| unwritten::<T>(device, elements));
+    let mut sum = sum.transpose()?;
+
+    let nothing = 0_u64;
+    let held = (x.storage_and_layout(), weight.storage_and_layout());
+    let (x_view, weight_view) = (
+        view::<T>(&held.0.0, held.0.1)?,
+        view::<T>(&held.1.0, held.1.1)?,
+    );
+    let delta_held = delta.as_ref().map(Tensor::storage_and_layout);
+    let delta_view = match &delta_held {
+        Some((storage, layout)) => Some(view::<T>(storage, layout)?),
+        None => None,
+    };
+    let mut launch = stream.launch_builder(&function);
+    launch.arg(&x_view);
+    match &delta_view {
+        Some(delta) => launch.arg(delta),
+        None => launch.arg(&nothing),
+    };
+    launch.arg(&weight_view);
+    match &mut sum {
+        Some(sum) => launch.arg(sum),
+        None => launch.arg(&nothing),
+    };
+    launch.arg(&mut normed).arg(&units).arg(&epsilon);
+    let config = LaunchConfig {
+        grid_dim: (rows, 1, 1),
+        block_dim: (units.next_multiple_of(WARP).min(MOST_THREADS), 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: the arguments are those of the kernel; widths are whole units and all tensors contiguous.
+    unsafe { launch.launch(config) }.w()?;
+    let normed = tensor(normed, device, x.shape());
+    let sum = match sum {
+        Some(sum) => tensor(sum, device, x.shape()),
+        None => x.clone(),
+    };
+    Ok((sum, normed))
+}
+
+/// See [`crate::norm_rope`], whose arguments have been checked.
+pub fn norm_rope(
+    heads: &Tensor,
+    weights: [&Tensor; 2],
+    angles: [&Tensor; 2],
+    counts: [usize; 2],
+    epsilon: f32,
+) -> Result<Tensor> {
+    match heads.dtype() {
+        DType::F16 => norm_rope_of::<half::f16>("f16", heads, weights, angles, counts, epsilon),
+        DType::BF16 => norm_rope_of::<half::bf16>("bf16", heads, weights, angles, counts, epsilon),
+        dtype => bail!("norm_rope does not take {dtype:?} on CUDA"),
+    }
+}
+
+fn norm_rope_of<T: CudaDType + DeviceRepr>(
+    dtype: &str,
+    heads: &Tensor,
+    weights: [&Tensor; 2],
+    angles: [&Tensor; 2],
+    counts: [usize; 2],
+    epsilon: f32,
+) -> Result<Tensor> {
+    let device = heads.device().as_cuda_device()?;
+    let stream = device.cuda_stream();
+    let (rows, all_heads, head_dim) = heads.dims3()?;
+    let heads = contiguous(heads)?;
+    let [q_weight, k_weight] = [contiguous(weights[0])?, contiguous(weights[1])?];
+    let [cos, sin] = [contiguous(angles[0])?, contiguous(angles[1])?];
+    let shape = (rows, counts[0] + counts[1], head_dim);
+    let function = Binary::Layer.function(device, &format!("norm_rope_{dtype}"))?;
+    let mut out = unwritten::<T>(device, rows * shape.1 * head_dim)?;
+
+    let held = [&heads, &q_weight, &k_weight].map(Tensor::storage_and_layout);
+    let held_angles = [&cos, &sin].map(Tensor::storage_and_layout);
+    let mut views = Vec::with_capacity(held.len());
+    for (storage, layout) in &held {
+        views.push(view::<T>(storage, layout)?);
+    }
+    let mut angle_views = Vec::with_capacity(held_angles.len());
+    for (storage, layout) in &held_angles {
+        angle_views.push(view::<f32>(storage, layout)?);
+    }
+    let numbers = [all_heads, counts[0], counts[1], head_dim];
+    let mut sizes = [0_u32; 4];
+    for (size, number) in sizes.iter_mut().zip(numbers) {
+        *size = u32::try_from(number)?;
+    }
+    let mut launch = stream.launch_builder(&function);
+    for view in &views {
+        launch.arg(view);
+    }
+    for view in &angle_views {
+        launch.arg(view);
+    }
+    launch.arg(&mut out);
+    for size in &sizes {
+        launch.arg(size);
+    }
+    launch.arg(&epsilon);
+    let warps = (sizes[1] + sizes[2]).min(THREADS / WARP);
+    let config = LaunchConfig {
+        grid_dim: (u32::try_from(rows)?, 1, 1),
+        block_dim: (warps * WARP, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: the arguments are those of the kernel; head_dim is whole pairs of each half, all tensors are contiguous.
+    unsafe { launch.launch(config) }.w()?;
+    Ok(tensor(out, device, shape))
+}
+
+/// See [`crate::swiglu`], whose arguments have been checked.
+pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    match gate_up.dtype() {
+        DType::F16 => swiglu_of::<half::f16>("f16", gate_up),
+        DType::BF16 => swiglu_of::<half::bf16>("bf16", gate_up),
+        dtype => bail!("swiglu does not take {dtype:?} on CUDA"),
+    }
+}
+
+fn swiglu_of<T: CudaDType + DeviceRepr>(dtype: &str, gate_up: &Tensor) -> Result<Tensor> {
+    let device = gate_up.device().as_cuda_device()?;
+    let stream = device.cuda_stream();
+    let (rows, width) = gate_up.dims2()?;
+    let gate_up = contiguous(gate_up)?;
+    let function = Binary::Layer.function(device, &format!("swiglu_{dtype}"))?;
+    let mut out = unwritten::<T>(device, rows * width / 2)?;
+    let units = u32::try_from(width / 2 / UNIT)?;
+    let count = rows as u64 * u64::from(units);
+    let (storage, layout) = gate_up.storage_and_layout();
+    let gates = view::<T>(&storage, layout)?;
+    let mut launch = stream.launch_builder(&function);
+    launch.arg(&gates).arg(&mut out).arg(&count).arg(&units);
+    let config = LaunchConfig {
+        grid_dim: (u32::try_from(count.div_ceil(THREADS.into()))?, 1, 1),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: the arguments are those of the kernel; widths are whole units.
+    unsafe { launch.launch(config) }.w()?;
+    Ok(tensor(out, device, (rows, width / 2)))
+}

@@ -1,0 +1,95 @@
+//! The kernels, loaded once for each device and launched on the stream of the tensors' device.
+
+mod attention;
+mod gather;
+mod layer;
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaModule, CudaSlice, CudaView, DeviceRepr,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, Layout, Result, Shape, Storage, Tensor, bail};
+
+pub use attention::tree_attention;
+pub use gather::gather;
+pub use layer::{add_rms_norm, norm_rope, swiglu};
+
+/// Bytes that the kernels load at once.
+const LOAD: usize = 16;
+
+/// A fat binary that build.rs made.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Binary {
+    IndexSelect,
+    Layer,
+    TreeAttention,
+}
+
+impl Binary {
+    fn bytes(self) -> &'static [u8] {
+        match self {
+            Self::IndexSelect => include_bytes!(concat!(env!("OUT_DIR"), "/index_select.fatbin")),
+            Self::Layer => include_bytes!(concat!(env!("OUT_DIR"), "/layer.fatbin")),
+            Self::TreeAttention => {
+                include_bytes!(concat!(env!("OUT_DIR"), "/tree_attention.fatbin"))
+            }
+        }
+    }
+
+    /// Its kernel `name`, for the device that `device` is a handle of.
+    fn function(self, device: &CudaDevice, name: &str) -> Result<CudaFunction> {
+        type Modules = Mutex<HashMap<(usize, Binary), Arc<CudaModule>>>;
+        static MODULES: LazyLock<Modules> = LazyLock::new(Modules::default);
+        let stream = device.cuda_stream();
+        let key = (stream.context().ordinal(), self);
+        // A thread that panicked left the map whole.
+        let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+        let module = match modules.entry(key) {
+            Entry::Occupied(loaded) => loaded.into_mut(),
+            Entry::Vacant(place) => {
+                let binary = Ptx::from_binary(self.bytes().to_vec());
+                place.insert(stream.context().load_module(binary).w()?)
+            }
+        };
+        module.load_function(name).w()
+    }
+}
+
+/// The elements of a tensor, from its first on.
+fn view<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaView<'a, T>> {
+    let Storage::Cuda(storage) = storage else {
+        bail!("a tensor is on {:?}, not on CUDA", storage.device())
+    };
+    Ok(storage.as_cuda_slice::<T>()?.slice(layout.start_offset()..))
+}
+
+/// Room for what a kernel is to write, all of it.
+fn unwritten<T: DeviceRepr>(device: &CudaDevice, elements: usize) -> Result<CudaSlice<T>> {
+    // SAFETY: plain numbers, of which any bits are one.
+    unsafe { device.alloc(elements) }
+}
+
+/// A contiguous tensor of what a kernel wrote.
+fn tensor<T: CudaDType>(
+    written: CudaSlice<T>,
+    device: &CudaDevice,
+    shape: impl Into<Shape>,
+) -> Tensor {
+    let storage = CudaStorage::wrap_cuda_slice(written, device.clone());
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// `x` contiguous and at whole loads; a copy where it is not so.
+fn contiguous(x: &Tensor) -> Result<Tensor> {
+    let start = x.layout().start_offset() * x.dtype().size_in_bytes();
+    match x.is_contiguous() && start.is_multiple_of(LOAD) {
+        true => Ok(x.clone()),
+        false => x.force_contiguous(),
+    }
+}

@@ -1,0 +1,359 @@
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::KernelError;
+use crate::rows::same_device;
+
+/// Queries that a kernel computes together: rows times the query heads of one key head.
+const TILE: usize = 128;
+/// Rows in a key block.
+pub const KEY_BLOCK: usize = 64;
+
+/// Rows in a query block, where `group` query heads share a key head.
+pub fn query_block(group: usize) -> usize {
+    TILE / group.clamp(1, TILE)
+}
+
+/// Which key blocks each query block sees whole and which in part: `radix_mlp::BlockMask`, for blocks of
+/// [`query_block`] by [`KEY_BLOCK`] rows. List `b` is `indices[offsets[b]..offsets[b + 1]]`.
+#[derive(Clone, Debug, Default)]
+pub struct BlockLists {
+    /// \[query blocks + 1\].
+    pub full_offsets: Vec<u32>,
+    /// Blocks all of whose keys each of the query block's rows sees.
+    pub full: Vec<u32>,
+    /// \[query blocks + 1\].
+    pub partial_offsets: Vec<u32>,
+    /// Blocks of which some row sees some key.
+    pub partial: Vec<u32>,
+}
+
+/// What attention needs to know of a batch: row q sees row k if and only if `k <= q < subtree_end[k]` and, with a window,
+/// `depth[q] - depth[k] < window`.
+#[derive(Clone, Debug)]
+pub struct TreeMask {
+    pub(crate) rows: usize,
+    pub(crate) group: usize,
+    pub(crate) window: Option<u32>,
+    /// \[rows\], u32.
+    pub(crate) subtree_end: Tensor,
+    /// \[rows\], u32; read with a window only.
+    pub(crate) depth: Tensor,
+    /// Those of [`BlockLists`], u32.
+    pub(crate) lists: [Tensor; 4],
+}
+
+impl TreeMask {
+    /// A mask on `device` for `group` query heads to a key head, from a fold in depth-first layout: its `subtree_end`
+    /// \[rows\], its block lists and, with a window, the depths of its rows \[rows\].
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError::Mask`] for what are not lists of the blocks of so many rows.
+    pub fn new(
+        subtree_end: &[u32],
+        lists: &BlockLists,
+        group: usize,
+        window: Option<(u32, &[u32])>,
+        device: &Device,
+    ) -> Result<Self, KernelError> {
+        let rows = subtree_end.len();
+        if group == 0 || group > TILE {
+            return Err(KernelError::Mask(format!(
+                "group must be in 1..={TILE}, got {group}"
+            )));
+        }
+        let tiles = rows.div_ceil(query_block(group));
+        let blocks = rows.div_ceil(KEY_BLOCK);
+        check("full", &lists.full_offsets, &lists.full, tiles, blocks)?;
+        check(
+            "partial",
+            &lists.partial_offsets,
+            &lists.partial,
+            tiles,
+            blocks,
+        )?;
+        if let Some((size, depth)) = window
+            && (size == 0 || depth.len() != rows)
+        {
+            let depths = depth.len();
+            let message =
+                format!("a window needs a size and {rows} depths, got {size} and {depths}");
+            return Err(KernelError::Mask(message));
+        }
+        // CUDA has no allocations of nothing.
+        let tensor = |values: &[u32]| match values {
+            [] => Tensor::zeros(1, DType::U32, device),
+            _ => Tensor::from_slice(values, values.len(), device),
+        };
+        let BlockLists {
+            full_offsets,
+            full,
+            partial_offsets,
+            partial,
+        } = lists;
+        Ok(Self {
+            rows,
+            group,
+            window: window.map(|(size, _)| size),
+            subtree_end: tensor(subtree_end)?,
+            depth: tensor(window.map_or(&[], |(_, depth)| depth))?,
+            lists: [
+                tensor(full_offsets)?,
+                tensor(full)?,
+                tensor(partial_offsets)?,
+                tensor(partial)?,
+            ],
+        })
+    }
+}
+
+fn check(
+    name: &str,
+    offsets: &[u32],
+    indices: &[u32],
+    tiles: usize,
+    blocks: usize,
+) -> Result<(), KernelError> {
+    let ends = (
+        offsets.first().copied(),
+        offsets.last().map(|&end| end as usize),
+    );
+    if offsets.len() != tiles + 1 || ends != (Some(0), Some(indices.len())) || !offsets.is_sorted()
+    {
+        let lists = offsets.len().saturating_sub(1);
+        let message = format!(
+            "{name} must be {tiles} lists of {} blocks, got {lists} with ends {ends:?}",
+            indices.len()
+        );
+        return Err(KernelError::Mask(message));
+    }
+    match indices.iter().position(|&block| block as usize >= blocks) {
+        Some(at) => Err(KernelError::Mask(format!(
+            "{name}[{at}] is block {}, of {blocks}",
+            indices[at]
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Attention of a folded batch: `q` \[rows, heads, head_dim\] over `k` and `v` \[rows, key heads, head_dim\], as `q`.
+///
+/// Scores are products times `scale`, capped as `softcap * tanh(score / softcap)` where that is given (Gemma 2). Softmax
+/// and sums are float32. On CUDA f16 and bf16, of head_dim 64 and 128; on the CPU any float. Not differentiable.
+/// FlashAttention-2 (arXiv 2307.08691) over block lists.
+///
+/// # Errors
+///
+/// [`KernelError::Shape`], [`KernelError::DType`] and [`KernelError::Device`] for tensors that do not go together.
+pub fn tree_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &TreeMask,
+    scale: f32,
+    softcap: Option<f32>,
+) -> Result<Tensor, KernelError> {
+    Ok(attend([q, k, v], mask, scale, softcap, false)?.0)
+}
+
+/// [`tree_attention`], and the logarithm of each softmax's denominator, f32 \[heads, rows\].
+///
+/// # Errors
+///
+/// Those of [`tree_attention`].
+pub fn tree_attention_with_lse(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &TreeMask,
+    scale: f32,
+    softcap: Option<f32>,
+) -> Result<(Tensor, Tensor), KernelError> {
+    attend([q, k, v], mask, scale, softcap, true)
+}
+
+/// The output and, where `lse`, the denominators.
+fn attend(
+    [q, k, v]: [&Tensor; 3],
+    mask: &TreeMask,
+    scale: f32,
+    softcap: Option<f32>,
+    lse: bool,
+) -> Result<(Tensor, Tensor), KernelError> {
+    check_tensors(q, k, v, mask)?;
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::tree_attention([q, k, v], mask, scale, softcap, lse);
+    }
+    let wide = [q, k, v].map(|x| x.to_dtype(DType::F32));
+    let [wide_q, wide_k, wide_v] = wide;
+    let (out, lse) = on_host([wide_q?, wide_k?, wide_v?], mask, scale, softcap, lse)?;
+    Ok((out.to_dtype(q.dtype())?, lse))
+}
+
+fn check_tensors(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Result<(), KernelError> {
+    let shape = |name, expected: String, x: &Tensor| KernelError::Shape {
+        name,
+        expected,
+        found: x.shape().clone(),
+    };
+    let (heads, head_dim) = match *q.dims() {
+        [rows, heads, head_dim] if rows == mask.rows && heads % mask.group == 0 => {
+            (heads, head_dim)
+        }
+        _ => {
+            return Err(shape(
+                "q",
+                format!("[{}, a multiple of {}, head_dim]", mask.rows, mask.group),
+                q,
+            ));
+        }
+    };
+    let expected = [mask.rows, heads / mask.group, head_dim];
+    for (name, x) in [("k", k), ("v", v)] {
+        if x.dims() != expected {
+            return Err(shape(name, format!("{expected:?}"), x));
+        }
+        if x.dtype() != q.dtype() {
+            return Err(KernelError::DType {
+                name,
+                expected: "of the dtype of q",
+                found: x.dtype(),
+            });
+        }
+        same_device(name, x, q)?;
+    }
+    if !q.dtype().is_float() {
+        return Err(KernelError::DType {
+            name: "q",
+            expected: "a float",
+            found: q.dtype(),
+        });
+    }
+    same_device("the mask", &mask.subtree_end, q)
+}
+
+/// One tile after the other, over all keys of its lists at once.
+fn on_host(
+    [q, k, v]: [Tensor; 3],
+    mask: &TreeMask,
+    scale: f32,
+    softcap: Option<f32>,
+    lse: bool,
+) -> Result<(Tensor, Tensor), KernelError> {
+    let (rows, heads, _) = q.dims3()?;
+    if q.elem_count() == 0 {
+        return Ok((
+            q.clone(),
+            Tensor::zeros((heads, rows), DType::F32, q.device())?,
+        ));
+    }
+    let seen = Seen::new(mask)?;
+    let tile_rows = query_block(mask.group);
+    let (mut outs, mut denominators) = (Vec::new(), Vec::new());
+    for (tile, first) in (0..rows).step_by(tile_rows).enumerate() {
+        let queries = first..rows.min(first + tile_rows);
+        let (keys, bias) = seen.tile(tile, queries.clone(), mask.window);
+        let keys = Tensor::new(keys, q.device())?;
+        let bias = Tensor::from_vec(bias, (1, queries.len(), 1, keys.elem_count()), q.device())?;
+        // [key heads, queries × group, head_dim], [key heads, keys, head_dim]
+        let own = q.narrow(0, first, queries.len())?;
+        let own = own.reshape((queries.len(), heads / mask.group, mask.group, ()))?;
+        let own = own.transpose(0, 1)?.contiguous()?;
+        let by_head = |x: &Tensor| x.index_select(&keys, 0)?.transpose(0, 1)?.contiguous();
+        let products = own
+            .flatten(1, 2)?
+            .matmul(&by_head(&k)?.transpose(1, 2)?.contiguous()?)?;
+        let mut scores = (products * f64::from(scale))?;
+        if let Some(cap) = softcap.map(f64::from) {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
+        let grouped = (
+            heads / mask.group,
+            queries.len(),
+            mask.group,
+            keys.elem_count(),
+        );
+        let scores = scores.reshape(grouped)?.broadcast_add(&bias)?;
+        let peak = scores.max_keepdim(3)?;
+        let weights = scores.broadcast_sub(&peak)?.exp()?;
+        let total = weights.sum_keepdim(3)?;
+        let mixed = weights
+            .broadcast_div(&total)?
+            .flatten(1, 2)?
+            .matmul(&by_head(&v)?)?;
+        outs.push(mixed.reshape(own.shape())?.transpose(0, 1)?.flatten(1, 2)?);
+        if lse {
+            // [key heads, queries, group] to [key heads × group, queries]
+            let denominator = (total.log()? + peak)?.squeeze(3)?.transpose(1, 2)?;
+            denominators.push(denominator.flatten(0, 1)?);
+        }
+    }
+    let denominators = match lse {
+        true => Tensor::cat(&denominators, 1)?,
+        false => Tensor::zeros(0, DType::F32, q.device())?,
+    };
+    Ok((Tensor::cat(&outs, 0)?, denominators))
+}
+
+/// A mask on the host.
+struct Seen {
+    subtree_end: Vec<u32>,
+    depth: Vec<u32>,
+    lists: BlockLists,
+}
+
+impl Seen {
+    fn new(mask: &TreeMask) -> Result<Self, KernelError> {
+        let [full_offsets, full, partial_offsets, partial] = &mask.lists;
+        Ok(Self {
+            subtree_end: mask.subtree_end.to_vec1()?,
+            depth: mask.depth.to_vec1()?,
+            lists: BlockLists {
+                full_offsets: full_offsets.to_vec1()?,
+                full: full.to_vec1()?,
+                partial_offsets: partial_offsets.to_vec1()?,
+                partial: partial.to_vec1()?,
+            },
+        })
+    }
+
+    /// The keys of the listed blocks, and what is added to the scores \[queries, keys\]: zero or -infinity.
+    fn tile(
+        &self,
+        tile: usize,
+        queries: Range<usize>,
+        window: Option<u32>,
+    ) -> (Vec<u32>, Vec<f32>) {
+        let rows = self.subtree_end.len();
+        let list = |offsets: &[u32], blocks: &[u32], whole: bool| {
+            let listed = &blocks[offsets[tile] as usize..offsets[tile + 1] as usize];
+            let rows_of = |&block: &u32| {
+                let first = block as usize * KEY_BLOCK;
+                (first..rows.min(first + KEY_BLOCK)).map(move |key| (key, whole))
+            };
+            listed.iter().flat_map(rows_of).collect::<Vec<_>>()
+        };
+        let mut keys = list(&self.lists.full_offsets, &self.lists.full, true);
+        keys.extend(list(
+            &self.lists.partial_offsets,
+            &self.lists.partial,
+            false,
+        ));
+        let bias = |query: usize, &(key, whole): &(usize, bool)| {
+            let ancestor = whole || key <= query && query < self.subtree_end[key] as usize;
+            let near = || window.is_none_or(|size| self.depth[query] - self.depth[key] < size);
+            if ancestor && near() {
+                0.0
+            } else {
+                f32::NEG_INFINITY
+            }
+        };
+        let bias = queries
+            .flat_map(|query| keys.iter().map(move |key| bias(query, key)))
+            .collect();
+        (keys.into_iter().map(|(key, _)| key as u32).collect(), bias)
+    }
+}

@@ -1,0 +1,119 @@
+//! Tree attention of folded batches against plain causal attention of each sequence by itself, in float64.
+
+use crate::common::{Case, SCALE, batches, cases, differences, fold, inputs, mask};
+use candle_core::{DType, Device, Tensor};
+use proptest::prelude::*;
+use radix_mlp_kernels::{
+    BlockLists, KEY_BLOCK, TreeMask, query_block, tree_attention, tree_attention_with_lse,
+};
+
+/// The largest differences from the oracle, of outputs whose values are of -1 to 1 and of denominators.
+fn errors(sequences: &[Vec<u32>], case: Case, dtype: DType, device: &Device) -> (f64, f64) {
+    let fold = fold(sequences);
+    let given = inputs(&fold, case, dtype);
+    let [q, k, v] = given.clone().map(|x| x.to_device(device).unwrap());
+    let mask = mask(&fold, case, device).unwrap();
+    let (out, lse) = tree_attention_with_lse(&q, &k, &v, &mask, SCALE, case.softcap).unwrap();
+    assert_eq!((out.dims(), out.dtype()), (q.dims(), dtype));
+    let alone = tree_attention(&q, &k, &v, &mask, SCALE, case.softcap).unwrap();
+    assert_eq!(crate::common::values(&alone), crate::common::values(&out));
+    differences(&fold, given.each_ref(), case, &out, &lse)
+}
+
+#[test]
+fn on_the_cpu() {
+    // float32 sums of some hundred terms.
+    proptest!(ProptestConfig::with_cases(60), |(sequences in batches(60), case in cases(&[4, 7]))| {
+        let (out, lse) = errors(&sequences, case, DType::F32, &Device::Cpu);
+        prop_assert!(out < 1e-5 && lse < 1e-5, "{} {}", out, lse);
+    });
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+#[ignore = "needs a CUDA device"]
+fn on_cuda() {
+    let device = Device::new_cuda(0).unwrap();
+    // Weights and outputs are rounded to 8 and 11 bits; values are of -1 to 1.
+    for (dtype, bound) in [(DType::BF16, 8e-3), (DType::F16, 1e-3)] {
+        proptest!(ProptestConfig::with_cases(60), |(sequences in batches(150), case in cases(&[64, 128]))| {
+            let (out, lse) = errors(&sequences, case, dtype, &device);
+            prop_assert!(out < bound && lse < 1e-4, "{} {}", out, lse);
+        });
+    }
+}
+
+const CASE: Case = Case {
+    kv_heads: 2,
+    group: 3,
+    head_dim: 4,
+    window: None,
+    softcap: None,
+};
+
+#[test]
+fn a_mask_of_other_rows_or_blocks_is_refused() {
+    let fold = fold(&[vec![1; 200]]);
+    let device = Device::Cpu;
+    let blocks = fold.block_mask(query_block(3), KEY_BLOCK).unwrap();
+    let tiles = blocks.num_blocks();
+    let lists = BlockLists {
+        full_offsets: vec![0; tiles + 1],
+        partial_offsets: [vec![0; tiles], vec![1]].concat(),
+        partial: vec![4],
+        ..BlockLists::default()
+    };
+    let refused = |lists: &BlockLists, group, window| {
+        TreeMask::new(fold.subtree_end().unwrap(), lists, group, window, &device)
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(refused(&lists, 3, None), "partial[0] is block 4, of 4");
+    let short = BlockLists {
+        partial_offsets: vec![0],
+        ..lists.clone()
+    };
+    assert_eq!(
+        refused(&short, 3, None),
+        "partial must be 5 lists of 1 blocks, got 0 with ends (Some(0), Some(0))"
+    );
+    assert_eq!(refused(&lists, 0, None), "group must be in 1..=128, got 0");
+    let right = BlockLists {
+        partial: vec![3],
+        ..lists
+    };
+    let message = "a window needs a size and 200 depths, got 0 and 1";
+    assert_eq!(refused(&right, 3, Some((0, &[7]))), message);
+}
+
+#[test]
+fn tensors_that_do_not_go_together_are_refused() {
+    let fold = fold(&[vec![1, 2], vec![1, 3]]);
+    let mask = mask(&fold, CASE, &Device::Cpu).unwrap();
+    let zeros = |dims: [usize; 3], dtype| Tensor::zeros(&dims, dtype, &Device::Cpu).unwrap();
+    let (q, k) = (zeros([3, 6, 4], DType::F32), zeros([3, 2, 4], DType::F32));
+    let refused = |q: &Tensor, k: &Tensor, v: &Tensor| {
+        tree_attention(q, k, v, &mask, 1.0, None)
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(tree_attention(&q, &k, &k, &mask, 1.0, None).is_ok());
+    assert_eq!(
+        refused(&k, &k, &k),
+        "q must be [3, a multiple of 3, head_dim], got shape [3, 2, 4]"
+    );
+    assert_eq!(
+        refused(&q, &q, &k),
+        "k must be [3, 2, 4], got shape [3, 6, 4]"
+    );
+    let half = zeros([3, 2, 4], DType::F16);
+    assert_eq!(
+        refused(&q, &k, &half),
+        "v must be of the dtype of q, got F16"
+    );
+    let bytes = [zeros([3, 6, 4], DType::U8), zeros([3, 2, 4], DType::U8)];
+    assert_eq!(
+        refused(&bytes[0], &bytes[1], &bytes[1]),
+        "q must be a float, got U8"
+    );
+}

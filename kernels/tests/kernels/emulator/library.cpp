@@ -1,0 +1,87 @@
+// The kernels as functions that Rust calls, by their names: ../emulated.rs builds and loads this.
+
+#include "emulator.h"
+
+#include <index_select.cu>
+#include <layer.cu>
+#include <tree_attention.cu>
+
+#include <string>
+
+using emulator::launch;
+
+namespace {
+
+// Calls kernel(arguments...) with pointers cast to what it takes.
+template <typename... Parameters, typename... Arguments>
+void call(dim3 blocks, uint32_t threads, void (*kernel)(Parameters...), Arguments... arguments) {
+    launch(blocks, threads, [=] { kernel((Parameters)arguments...); });
+}
+
+} // namespace
+
+extern "C" {
+
+void emulate_tree_attention(const char *name, uint32_t tiles, uint32_t kv_heads, const void *q, const void *k,
+                            const void *v, void *out, float *lse, const uint32_t *const *numbers, const Sizes *given) {
+    auto run = [&](auto kernel) {
+        call({tiles, kv_heads, 1}, THREADS, kernel, q, k, v, out, lse, numbers[0], numbers[1], numbers[2], numbers[3],
+             numbers[4], numbers[5], *given);
+    };
+    const std::string kernel = name;
+    if (kernel == "f16_64") {
+        run(tree_attention_f16_64);
+    } else if (kernel == "f16_128") {
+        run(tree_attention_f16_128);
+    } else if (kernel == "bf16_64") {
+        run(tree_attention_bf16_64);
+    } else if (kernel == "bf16_128") {
+        run(tree_attention_bf16_128);
+    }
+}
+
+void emulate_add_rms_norm(uint32_t bf16, uint32_t rows, uint32_t threads, const void *x, const void *delta,
+                          const void *weight, void *sum, void *normed, uint32_t units, float epsilon) {
+    auto run = [&](auto kernel) {
+        call({rows, 1, 1}, threads, kernel, x, delta, weight, sum, normed, units, epsilon);
+    };
+    bf16 ? run(add_rms_norm_bf16) : run(add_rms_norm_f16);
+}
+
+void emulate_norm_rope(uint32_t bf16, uint32_t rows, uint32_t threads, const void *heads, const void *q_weight,
+                       const void *k_weight, const void *cos, const void *sin, void *out, const uint32_t *sizes,
+                       float epsilon) {
+    auto run = [&](auto kernel) {
+        call({rows, 1, 1}, threads, kernel, heads, q_weight, k_weight, cos, sin, out, sizes[0], sizes[1], sizes[2],
+             sizes[3], epsilon);
+    };
+    bf16 ? run(norm_rope_bf16) : run(norm_rope_f16);
+}
+
+void emulate_swiglu(uint32_t bf16, uint32_t blocks, uint32_t threads, const void *gate_up, void *out, uint64_t count,
+                    uint32_t units) {
+    auto run = [&](auto kernel) { call({blocks, 1, 1}, threads, kernel, gate_up, out, count, units); };
+    bf16 ? run(swiglu_bf16) : run(swiglu_f16);
+}
+
+// As many inputs as `inputs`; `widths` are in units of `unit` bytes.
+void emulate_index_select(uint32_t unit, uint32_t wide, uint32_t inputs, uint32_t blocks, uint32_t threads,
+                          const void *const *x, const void *ids, void *const *out, uint64_t count,
+                          const uint32_t *widths, uint32_t lanes) {
+    auto run = [&](auto narrow_ids, auto wide_ids) {
+        auto with = [&](auto kernel) {
+            call({blocks, inputs, 1}, threads, kernel, x[0], x[1], x[2], ids, out[0], out[1], out[2], count, widths[0],
+                 widths[1], widths[2], lanes);
+        };
+        wide ? with(wide_ids) : with(narrow_ids);
+    };
+    switch (unit) {
+    case 1: return run(index_select_1_u32, index_select_1_i64);
+    case 2: return run(index_select_2_u32, index_select_2_i64);
+    case 4: return run(index_select_4_u32, index_select_4_i64);
+    case 8: return run(index_select_8_u32, index_select_8_i64);
+    case 16: return run(index_select_16_u32, index_select_16_i64);
+    }
+}
+
+} // extern "C"
