@@ -9,7 +9,7 @@ Random queries, keys and values at the heads of Qwen3, for the batches of gpu_fo
 "forward_ms" and "training_ms" (forward and backward) are medians of `triton.testing.do_bench`, by CUDA events.
 "first_..." is the first call of each on this batch, which compiles where it must: that of a run's first row is the
 first of its process. "new_shape_ms" is what a batch of another shape takes at its first call beyond its second, the
-median of a few once everything is compiled; the fold is made before. "predicted_ms" and "picked" are the cost model's.
+median of a few once everything is compiled; the fold is made before. "work" is what the cost model counts: fit.py.
 
     python benchmark/gpu_attention/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_attention/measure.py --smoke --out target/smoke.json    # small batches: does it run?
@@ -35,12 +35,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+from gpu_attention.fit import picked, predicted  # noqa: E402
+from gpu_attention.targets import targets  # noqa: E402
 from gpu_forward.batches import Batch, load  # noqa: E402
 from gpu_forward.record import Record  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
-from radix_mlp.torch import attention, pick_backend  # noqa: E402
-from radix_mlp.torch.cost import flash_seconds, tree_seconds  # noqa: E402
-from radix_mlp.torch.tree_mask import tree_mask  # noqa: E402
+from radix_mlp.torch import attention  # noqa: E402
+from radix_mlp.torch.cost import Work, flash_work, longest_walk, tree_work  # noqa: E402
+from radix_mlp.torch.tree_mask import forward_tiles, tree_arrays  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_attention.json"
 CUDA = torch.cuda.is_available()
@@ -175,23 +177,15 @@ def new_shape_ms(method: str, batch: Batch, heads: int, kv_heads: int) -> float:
     return first - second
 
 
-def model_of_cost(batch: Batch, heads: int, kv_heads: int) -> dict[str, Any]:
-    """What the cost model expects of the forward pass, from how many blocks, and which backend it picks."""
+def work(batch: Batch, heads: int, kv_heads: int) -> dict[str, Work]:
+    """What the cost model counts, by way."""
     unshared, folded = fold(batch, "none"), fold(batch, "tree")
-    one = torch.empty(1, 1, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
-    q, k = (one.expand(folded.num_rows, count, -1) for count in (heads, kv_heads))
-    mask = tree_mask(folded, q, k, None)
-    tiles, blocks = mask.tiles, len(mask.blocks)
-    seconds = {
-        "none": flash_seconds(unshared, heads, kv_heads, HEAD_DIM, None),
-        "query_folded": flash_seconds(folded, heads, kv_heads, HEAD_DIM, None),
-        "tree": tree_seconds(folded.num_rows, blocks, tiles, kv_heads, heads // kv_heads, HEAD_DIM),
-    }
+    tiles, group = forward_tiles(HEAD_DIM, torch.bfloat16), heads // kv_heads
+    blocks = len(tree_arrays(folded, tiles, group, None)["blocks"])
     return {
-        "tree_blocks": blocks,
-        "tree_key_block": tiles.key_block,
-        "predicted_ms": {name: round(1e3 * value, 4) for name, value in seconds.items()},
-        "picked": pick_backend(q, k, k, folded),
+        "none": flash_work(unshared, heads, kv_heads, HEAD_DIM, None),
+        "query_folded": flash_work(folded, heads, kv_heads, HEAD_DIM, None),
+        "tree": tree_work(folded.num_rows, blocks, tiles, kv_heads, group, HEAD_DIM, longest_walk(folded)),
     }
 
 
@@ -210,13 +204,22 @@ def row(name: str, batch: Batch, heads: int, kv_heads: int) -> dict[str, Any]:
         "tokens": folded.num_tokens,
         "nodes": folded.num_nodes,
         "compression": round(folded.compression, 4),
-        **model_of_cost(batch, heads, kv_heads),
+        "work": work(batch, heads, kv_heads),
         "measured": measured,
         "skipped": skipped,
     }
 
 
-def plot(result: dict[str, Any]) -> None:
+def show(row: dict[str, Any]) -> None:
+    print(f"\n{row['batch']}, heads {row['heads']}, compression {row['compression']:.2f}")
+    for method, times in (row["measured"] | row["skipped"]).items():
+        print(f"  {method:14}{times}")
+    for kind in ("forward", "training"):
+        expected = {way: round(milliseconds, 4) for way, milliseconds in predicted(row, kind).items()}
+        print(f"  {kind}: expected {expected}, cheapest {picked(row, kind)}")
+
+
+def plot(result: dict[str, Any], output: Path) -> None:
     """Speed-up over `none` of each backend, forward and training, with compression as the ceiling."""
     rows = sorted(result["rows"], key=lambda row: row["heads"])
     figure, panels = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
@@ -239,7 +242,8 @@ def plot(result: dict[str, Any]) -> None:
         axes.set_xticks(x, [f"{row['batch'].replace(' ', chr(10))}\n{row['heads']}" for row in rows], fontsize=7)
     panels[0].legend(fontsize=8)
     figure.suptitle(f"Attention of one layer, bf16, heads of {HEAD_DIM}, {result['hardware'].get('gpu', 'CPU')}")
-    figure.savefig(RESULT.with_suffix(".png"), dpi=110)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
 
 
 def ratio(measured: dict[str, dict[str, float]], method: str, key: str) -> float:
@@ -251,10 +255,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches-file", type=Path, help="what gpu_forward/batches.py wrote; none: the synthetic ones")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the batches to run")
-    parser.add_argument("--out", type=Path, default=RESULT, help="keeps the other rows of the file")
+    parser.add_argument("--out", type=Path, default=RESULT, help="keeps the other rows of the file; --plot reads it")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--smoke", action="store_true", help="small batches")
-    parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON result")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot beside the JSON result")
     arguments = parser.parse_args()
     if arguments.smoke and arguments.out == RESULT:
         parser.error("--smoke measures nothing: name another file with --out")
@@ -264,7 +268,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.plot:
-        plot(json.loads(RESULT.read_text()))
+        plot(json.loads(arguments.out.read_text()), arguments.out.with_suffix(".png"))
         return
     record = Record(arguments.out, arguments.commit, ("batch", "heads"))
     batches = load(arguments.batches_file, arguments.only, smoke=arguments.smoke)
@@ -272,10 +276,8 @@ def main() -> None:
         for name in tqdm(batches, desc=f"{heads}/{kv_heads}"):
             measured = row(name, batches[name], heads, kv_heads)
             record.add(measured)
-            print(f"\n{name}, heads {measured['heads']}, compression {measured['compression']:.2f}")
-            for method, times in (measured["measured"] | measured["skipped"]).items():
-                print(f"  {method:14}{times}, predicted {measured['predicted_ms'].get(method)}")
-            print(f"  picked {measured['picked']}")
+            show(measured)
+    record.conclude(targets(record.result["rows"]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "target" / "gpu_batches.json"
 # Qwen3's, of the words that its tokenizer knows.
 VOCABULARY = 151_643
+# With the words between which a reranker decides.
+SMOKE_VOCABULARY = 10_000
 TASK = "logical_deduction_three_objects"
 
 Batch = list[list[int]]
@@ -44,10 +46,11 @@ def synthetic(scale: int = 1) -> dict[str, Batch]:
 def unshared(like: Batch, tokens: int) -> Batch:
     """Random sequences of `tokens` tokens in all, of lengths drawn from those of `like`; the last one is cut."""
     draw = random.Random(0)
+    words = range(1 + max(map(max, like)))
     batch: Batch = []
     while tokens:
         length = min(len(draw.choice(like)), tokens)
-        batch.append(draw.choices(range(VOCABULARY), k=length))
+        batch.append(draw.choices(words, k=length))
         tokens -= length
     return batch
 
@@ -59,7 +62,12 @@ def load(path: Path | None, only: list[str] | None = None, *, smoke: bool = Fals
     if unknown := set(only or ()) - set(batches):
         raise SystemExit(f"no batch {', '.join(unknown)}: there are {', '.join(batches)}")
     batches = {name: batches[name] for name in only or batches}
-    return {name: [ids[:128] for ids in batch[:8]] for name, batch in batches.items()} if smoke else batches
+    return {name: small(batch) for name, batch in batches.items()} if smoke else batches
+
+
+def small(batch: Batch) -> Batch:
+    """A part of `batch` for a tiny model."""
+    return [[token % SMOKE_VOCABULARY for token in ids[:128]] for ids in batch[:8]]
 
 
 def tokenise() -> dict[str, Batch]:

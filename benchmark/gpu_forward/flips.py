@@ -19,37 +19,31 @@ YES, NO = 9693, 2152
 
 
 def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any]:
-    """Shares of decisions that differ, of the first sequences of `batch`, at most MAX_TOKENS.
+    """How many decisions differ, of the first sequences of `batch`, at most MAX_TOKENS.
 
     A decision is the most likely token after the last token of a sequence ("last"), or after each of up to SAMPLED
     tokens ("sampled"), by a head of the input embedding's weights; with `pairs` also which of two sequences has the
     larger logit of yes minus no ("pairs").
     """
     kept = first(batch)
-    chunk = -(-len(kept) // 2)
+    whole = len(kept)
+    sizes = {"half a batch": -(-whole // 2), "a quarter": -(-whole // 4), "two at a time": 2, "one at a time": 1}
     precise: Any = copy.deepcopy(model)
-    decisions = {
-        "float32": decide(states(precise.float(), kept, 1), model, kept, pairs=pairs),
-        "none": decide(folded_states(model, kept, "none", len(kept)), model, kept, pairs=pairs),
-        "half a batch": decide(folded_states(model, kept, "none", chunk), model, kept, pairs=pairs),
-        "one at a time": decide(folded_states(model, kept, "none", 1), model, kept, pairs=pairs),
-        "full": decide(folded_states(model, kept, "full", len(kept)), model, kept, pairs=pairs),
-    }
+    computed = {"float32": states(precise.float(), kept, 1), "none": folded_states(model, kept, "none", whole)}
+    del precise
+    computed |= {name: folded_states(model, kept, "none", size) for name, size in sizes.items()}
+    computed["full"] = folded_states(model, kept, "full", whole)
+    decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in computed.items()}
 
-    def differ(one: str, other: str) -> dict[str, float]:
-        return {
-            kind: round(float((decisions[one][kind] != decisions[other][kind]).double().mean()), 5)
-            for kind in decisions[one]
-        }
+    def differ(one: str, other: str) -> dict[str, int]:
+        return {kind: int((decisions[one][kind] != decisions[other][kind]).sum()) for kind in decisions[one]}
 
     return {
-        "sequences": len(kept),
+        "sequences": whole,
         "tokens": sum(map(len, kept)),
-        "full from none": differ("full", "none"),
-        "half a batch from none": differ("half a batch", "none"),
-        "one at a time from none": differ("one at a time", "none"),
-        "none from float32": differ("none", "float32"),
-        "full from float32": differ("full", "float32"),
+        "decisions": {kind: len(made) for kind, made in decisions["none"].items()},
+        **{f"{name} from none": differ(name, "none") for name in ("full", *sizes)},
+        **{f"{name} from float32": differ(name, "float32") for name in ("none", "full")},
     }
 
 

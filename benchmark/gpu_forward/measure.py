@@ -11,7 +11,7 @@ Times in alternation, on the same weights and token ids, which start on the CPU 
 
 "device_ms" is the time between two CUDA events around the call, "wall_ms" that until the device is done; the fold on
 the host lies within both. "peak_gib" is what the first call allocates beside the weights, its output included.
-"flips" says how often decisions differ.
+"flips" counts decisions that differ.
 
     python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_forward/measure.py --shapes qwen3-4b --only rerank "nothing shared"
@@ -261,10 +261,7 @@ def main() -> None:
             show(row)
         del model
         release()
-    record.result["targets"] = targets(record.result["rows"])
-    record.write()
-    for check in record.result["targets"]:
-        print(f"{'met   ' if check['met'] else 'MISSED'} {check['target']}: {check['value']}")
+    record.conclude(targets(record.result["rows"]))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, Qwen3Config
 
-from gpu_forward.batches import Batch
+from gpu_forward.batches import SMOKE_VOCABULARY, Batch
 
 VOCABULARY = 151_936
 
 
-def config(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, *, tied: bool) -> Qwen3Config:
+def config(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    *,
+    tied: bool,
+    vocabulary: int = VOCABULARY,
+) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -32,7 +41,7 @@ SHAPES = {
     "qwen3-0.6b": config(1024, 28, 16, 8, 3072, tied=True),
     "qwen3-4b": config(2560, 36, 32, 8, 9728, tied=True),
     "qwen3-8b": config(4096, 36, 32, 8, 12_288, tied=False),
-    "tiny": config(64, 2, 2, 1, 128, tied=True),
+    "tiny": config(64, 2, 2, 1, 128, tied=True, vocabulary=SMOKE_VOCABULARY),
 }
 
 

@@ -1,9 +1,10 @@
-"""Draws results/gpu_forward.json to results/gpu_forward.png.
+"""Draws results/gpu_forward.json, or another file of that form, to a PNG beside it.
 
-python benchmark/gpu_forward/plot.py
+python benchmark/gpu_forward/plot.py [result.json]
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def memory(axes: Axes, rows: list[Row]) -> None:
     limits = [1, 1.2 * max(row["compression"] for row in rows)]
     axes.plot(limits, limits, "k--", linewidth=1)
     for mark, shape in zip(MARKS, dict.fromkeys(row["shape"] for row in rows), strict=False):
-        own = [row for row in rows if row["shape"] == shape and {"none", "full"} <= row["peak_gib"].keys()]
+        own = [row for row in rows if row["shape"] == shape and all(map(row["peak_gib"].get, ("none", "full")))]
         ratios = [row["peak_gib"]["none"] / row["peak_gib"]["full"] for row in own]
         axes.plot([row["compression"] for row in own], ratios, mark, label=shape, alpha=0.7)
     axes.set_xscale("log")
@@ -49,7 +50,7 @@ def memory(axes: Axes, rows: list[Row]) -> None:
     axes.legend(fontsize=7)
 
 
-def plot(result: dict[str, Any]) -> None:
+def plot(result: dict[str, Any], output: Path) -> None:
     rows = sorted(result["rows"], key=lambda row: row["shape"])
     names = list(dict.fromkeys(row["batch"] for row in rows))
     rows_of_panels = -(-(len(names) + 1) // PANELS_A_ROW)
@@ -63,11 +64,16 @@ def plot(result: dict[str, Any]) -> None:
         axes.axis("off")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(
-        f"Qwen3 of transformers, bf16, {result['hardware']['gpu']}: speed over none (full graphs: over none as graphs)"
-    )
-    figure.savefig(RESULT.with_suffix(".png"), dpi=110)
+    gpu = result["hardware"].get("gpu", "CPU")
+    figure.suptitle(f"Qwen3 of transformers, bf16, {gpu}: speed over none (full graphs: over none as graphs)")
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULT
+    plot(json.loads(path.read_text()), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    plot(json.loads(RESULT.read_text()))
+    main()

@@ -11,6 +11,7 @@ import torch
 import transformers
 import triton
 
+from gpu_forward.checks import announce
 from gpu_forward.models import SHAPES
 from machine import cpu, output_of
 
@@ -43,6 +44,12 @@ class Record:
         others = [old for old in self.result["rows"] if any(old[key] != row[key] for key in self.keys)]
         self.result["rows"] = [*others, row | self.origin]
         self.write()
+
+    def conclude(self, checks: list[dict[str, Any]]) -> None:
+        """Write and print what the targets are found to be."""
+        self.result["targets"] = checks
+        self.write()
+        announce(checks)
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

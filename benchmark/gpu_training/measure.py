@@ -33,7 +33,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 
-from gpu_forward.batches import VOCABULARY, Batch  # noqa: E402
+from gpu_forward.batches import SMOKE_VOCABULARY, VOCABULARY, Batch, small  # noqa: E402
 from gpu_forward.measure import DEVICE, allocated, medians, release, timed  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
 from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpointing, steps, their_model  # noqa: E402
@@ -45,6 +45,8 @@ from radix_torch_varlen import Qwen3  # noqa: E402
 RESULT = ROOT / "benchmark" / "results" / "gpu_training.json"
 # Different batches, one after the other, that must cost no compilation.
 SHAPES_SEEN = 20
+# What --smoke divides lengths by, and how many shapes it takes.
+SMOKE_SCALE, SMOKE_SHAPES = 256, 3
 # A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
 MAX_SECONDS = 20
 MIN_ROUNDS = 2
@@ -52,31 +54,34 @@ MIN_ROUNDS = 2
 Row = dict[str, Any]
 
 
-def grouped(prompts: int, prompt: int, size: int, completion: int, seed: int = 0) -> Groups:
-    """Random tokens: each prompt with its completions."""
+def grouped(prompts: int, prompt: int, size: int, completion: int, seed: int = 0, *, smoke: bool = False) -> Groups:
+    """Random tokens: each prompt with its completions; at `smoke` shorter ones."""
     draw = random.Random(seed)
+    words = range(SMOKE_VOCABULARY if smoke else VOCABULARY)
+    if smoke:
+        prompt, completion = prompt // SMOKE_SCALE, completion // SMOKE_SCALE
 
     def tokens(count: int) -> list[int]:
-        return draw.choices(range(VOCABULARY), k=count)
+        return draw.choices(words, k=count)
 
     prefixes = [tokens(prompt) for _ in range(prompts)]
     return Groups([prefix + tokens(completion) for prefix in prefixes for _ in range(size)], prompt, size)
 
 
 def batches(file: Path | None, only: list[str] | None, *, smoke: bool) -> dict[str, Groups]:
-    scale = 64 if smoke else 1
     forms = {
         "4 x 8 x 1024+512": (4, 1024, 8, 512),
         "2 x 8 x 4096+512": (2, 4096, 8, 512),
         "16 pairs x 1024+512": (16, 1024, 2, 512),
     }
     made = {
-        name: grouped(prompts, prompt // scale, size, own // scale)
-        for name, (prompts, prompt, size, own) in forms.items()
+        name: grouped(prompts, prompt, size, own, smoke=smoke) for name, (prompts, prompt, size, own) in forms.items()
     }
     turns: dict[str, Batch] = json.loads(file.read_text()) if file else {}
     # An agent's turns are trained on whole.
-    made |= {name: Groups(batch) for name, batch in turns.items() if name == "tau-bench turns"}
+    made |= {
+        name: Groups(small(batch) if smoke else batch) for name, batch in turns.items() if name == "tau-bench turns"
+    }
     return {name: made[name] for name in only or made}
 
 
@@ -150,13 +155,12 @@ def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
 
     Layers are checkpointed: at 4B the largest would not fit otherwise.
     """
-    scale = 64 if smoke else 1
     draw = random.Random(1)
     own.backend, own.checkpointing = None, True
     milliseconds = []
-    for seed in range(SHAPES_SEEN):
-        prompt, completion = draw.randrange(512, 1536) // scale, draw.randrange(128, 640) // scale
-        groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed)
+    for seed in range(SMOKE_SHAPES if smoke else SHAPES_SEEN):
+        prompt, completion = draw.randrange(512, 1536), draw.randrange(128, 640)
+        groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed, smoke=smoke)
 
         def loss(sequences: Batch = groups.sequences) -> Tensor:
             return own.loss(Folded.from_sequences(sequences, "full", DEVICE))
@@ -182,7 +186,7 @@ def main() -> None:
     record = Record(given.out, given.commit, ("shape", "batch", "loss"))
     for shape in given.shapes:
         own = own_model(shape)
-        print(f"{shape}: steps on {SHAPES_SEEN} shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
+        print(f"{shape}: steps on different shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
         theirs = their_model(shape, own)
         for name, groups in tqdm(batches(given.batches_file, given.only, smoke=given.smoke).items(), desc=shape):
             set_checkpointing(own, theirs, on=False)
@@ -195,10 +199,7 @@ def main() -> None:
                 show(row)
         del own, theirs
         release()
-    record.result["targets"] = targets(record.result["rows"])
-    record.write()
-    for check in record.result["targets"]:
-        print(f"{'met   ' if check['met'] else 'MISSED'} {check['target']}: {check['value']}")
+    record.conclude(targets(record.result["rows"]))
 
 
 if __name__ == "__main__":

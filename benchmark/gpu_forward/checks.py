@@ -1,0 +1,47 @@
+"""How targets are held against what was measured, and written into a result."""
+
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def at_least(target: str, limit: float, found: Iterable[tuple[float | None, str]]) -> list[Row]:
+    """The check that no value is below `limit`: the smallest one and what it was measured on. Empty without values."""
+    return _check(target, limit, min(_values(found), default=None), "≥")
+
+
+def at_most(target: str, limit: float, found: Iterable[tuple[float | None, str]]) -> list[Row]:
+    """The check that no value is above `limit`: the largest one and what it was measured on. Empty without values."""
+    return _check(target, limit, max(_values(found), default=None), "≤")
+
+
+def _values(found: Iterable[tuple[float | None, str]]) -> list[tuple[float, str]]:
+    return [(value, name) for value, name in found if value is not None]
+
+
+def _check(target: str, limit: float, worst: tuple[float, str] | None, sign: str) -> list[Row]:
+    if worst is None:
+        return []
+    value, name = worst
+    met = value >= limit if sign == "≥" else value <= limit
+    return [{"target": target, "limit": f"{sign} {_round(limit)}", "value": _round(value), "worst": name, "met": met}]
+
+
+def _round(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def sentence(check: Row) -> str:
+    over_none = f"; over `none` {check['over none']}" if "over none" in check else ""
+    return f"{check['target']}: {check['value']} where {check['limit']} is the target ({check['worst']}{over_none})"
+
+
+def announce(checks: list[Row]) -> None:
+    for check in checks:
+        print(f"{'met   ' if check['met'] else 'MISSED'} {sentence(check)}")
+
+
+def missed(checks: list[Row]) -> str:
+    """The targets that were missed, a sentence each in Markdown."""
+    return "\n".join(f"- Missed: {sentence(check)}." for check in checks if not check["met"])

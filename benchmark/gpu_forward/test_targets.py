@@ -1,0 +1,88 @@
+"""The targets of the forward pass, on rows made by hand."""
+
+from typing import Any
+
+import pytest
+
+from gpu_forward.checks import at_least, at_most, missed
+from gpu_forward.targets import flip_targets, targets
+
+Row = dict[str, Any]
+
+
+def row(
+    batch: str = "tree", shape: str = "qwen3-0.6b", nodes: int = 10_000, compression: float = 4.0, **ms: float
+) -> Row:
+    wall = {name.replace("_", " "): time for name, time in ms.items()}
+    return {"shape": shape, "batch": batch, "nodes": nodes, "compression": compression, "wall_ms": wall}
+
+
+def only(rows: list[Row]) -> Row:
+    (check,) = targets(rows)
+    return check
+
+
+@pytest.mark.parametrize(("full", "met"), [(26.0, True), (28.0, False)])
+def test_share_of_compression(full: float, met: bool) -> None:
+    check = only([row(none=100.0, full=full)])
+    assert check["met"] is met
+    assert check["value"] == pytest.approx(100 / full / 4, rel=1e-3)
+
+
+def test_fastest_unfolded_way_is_held_against() -> None:
+    check = only([row(none=100.0, padded=90.0, full=26.0)])
+    assert (check["met"], check["value"], check["over none"]) == (False, 0.8654, 0.9615)
+
+
+def test_fastest_folded_way_counts() -> None:
+    assert only([row(none=100.0, full=50.0, full_graphs=26.0)])["met"]
+
+
+def test_worst_row_counts() -> None:
+    check = only([row(none=100.0, full=26.0), row("bad", none=100.0, full=30.0), row(none=100.0, full=25.0)])
+    assert (check["met"], check["worst"]) == (False, "qwen3-0.6b, bad")
+
+
+@pytest.mark.parametrize(("graphs", "met"), [(25.0, True), (22.0, False)])
+def test_unshared_batch_of_as_many_tokens(graphs: float, met: bool) -> None:
+    measured = row(nodes=2000, none=100.0, full=26.0, unshared=25.0, unshared_graphs=graphs)
+    assert only([measured])["met"] is met
+
+
+@pytest.mark.parametrize(("full", "met"), [(101.0, True), (103.0, False)])
+def test_controls(full: float, met: bool) -> None:
+    assert only([row("nothing shared", compression=1.0, none=100.0, full=full)])["met"] is met
+
+
+def test_nothing_measured() -> None:
+    assert targets([]) == []
+    assert targets([row(none=100.0)]) == []
+
+
+def flips(decided: int, full: int, half: int, one: int) -> Row:
+    counts = {"decisions": decided, "full from none": full, "half a batch from none": half}
+    return {name: {"last": count} for name, count in (counts | {"one at a time from none": one}).items()}
+
+
+@pytest.mark.parametrize(("full", "met"), [(4, True), (5, False)])
+def test_flips_are_pooled_over_batches(full: int, met: bool) -> None:
+    """By counts: the shares of the small batch weigh no more than its decisions do."""
+    (check,) = flip_targets([flips(7, 1, 0, 1), flips(1000, full, 1, 4)])
+    assert (check["value"], check["limit"], check["met"]) == (full + 1, "≤ 5", met)
+    assert "1,007" in check["target"]
+    assert "one at a time" in check["target"]
+
+
+def test_sizes_that_a_batch_lacks_are_left_out() -> None:
+    more = flips(10, 1, 0, 1) | {"a quarter from none": {"last": 9}}
+    (check,) = flip_targets([more, flips(10, 1, 0, 1)])
+    assert check["limit"] == "≤ 2"
+
+
+def test_checks() -> None:
+    assert at_least("speed", 2, []) == at_most("time", 2, [(None, "a")]) == []
+    (slow,) = at_least("speed", 2, [(3.0, "a"), (1.23456, "b"), (None, "c")])
+    (fast,) = at_most("time", 2, [(1.0, "a"), (2.0, "b")])
+    assert (slow["met"], slow["value"], slow["worst"]) == (False, 1.235, "b")
+    assert (fast["met"], fast["worst"]) == (True, "b")
+    assert missed([slow, fast]) == "- Missed: speed: 1.235 where ≥ 2 is the target (b)."
