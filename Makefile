@@ -60,7 +60,11 @@ bench-gpu: python
 	$(BIN)/python benchmark/gpu_forward/plot.py
 	$(BIN)/python benchmark/gpu_attention/measure.py --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_attention/measure.py --plot
+	$(BIN)/python benchmark/gpu_attention/fit.py
+	$(BIN)/pip install --quiet --no-deps -r benchmark/gpu_training/measure.requirements.txt
 	$(BIN)/python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
+	$(BIN)/python benchmark/gpu_training/plot.py
+	$(BIN)/python benchmark/gpu_forward/report.py --write
 
 # Needs a nightly toolchain and `cargo install cargo-fuzz`.
 fuzz:

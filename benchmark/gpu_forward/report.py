@@ -1,0 +1,123 @@
+"""What README.md says of the GPU, drawn from the JSON results between markers.
+
+python benchmark/gpu_forward/report.py            # prints it
+python benchmark/gpu_forward/report.py --write    # rewrites README.md, and the targets in the results
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import gpu_attention.report  # noqa: E402
+import gpu_attention.targets  # noqa: E402
+import gpu_forward.targets  # noqa: E402
+import gpu_training.report  # noqa: E402
+import gpu_training.targets  # noqa: E402
+from gpu_forward.checks import missed  # noqa: E402
+from gpu_forward.targets import FOLDED, OTHER_SIZES, UNFOLDED, fastest, pooled  # noqa: E402
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmark" / "results"
+# Speed-ups over `none`, by their column's title.
+COLUMNS = {"padded": "padded", "mlp": "`mlp`", "full": "`full`", "full graphs": "`full`, graphs"}
+ORDER = (
+    "32 x 2048+256",
+    "256 x 2048+16",
+    "three-level tree",
+    "rerank",
+    "few-shot BBH",
+    "tau-bench turns",
+    "little shared",
+    "nothing shared",
+)
+
+Row = dict[str, Any]
+
+
+def forward(result: Row) -> str:
+    """The table of the forward pass, the flips and the targets that were missed."""
+    lines = [
+        "| batch | N → N' | N/N' | Qwen3 | "
+        + " | ".join(COLUMNS.values())
+        + " | fastest folded over fastest unfolded |",
+        "|" + "---|" * (5 + len(COLUMNS)),
+    ]
+    for row in sorted(result["rows"], key=lambda row: (ORDER.index(row["batch"]), row["shape"])):
+        none = row["wall_ms"].get("none")
+        speeds = [ratio(none, row["wall_ms"].get(name)) for name in COLUMNS]
+        best = ratio(fastest(row, UNFOLDED), fastest(row, FOLDED))
+        size = f"{row['tokens']:,} → {row['nodes']:,} | {row['compression']:.2f}"
+        shape = row["shape"].removeprefix("qwen3-").upper()
+        lines.append(f"| {row['batch']} | {size} | {shape} | {' | '.join(speeds)} | {best} |")
+    return "\n".join([*lines, "", flips(result["rows"]), "", missed(gpu_forward.targets.targets(result["rows"]))])
+
+
+def ratio(slow: float | None, fast: float | None) -> str:
+    return "" if slow is None or fast is None else f"{slow / fast:.2f}"
+
+
+def flips(rows: list[Row]) -> str:
+    """How many of the sampled top-1 decisions differ, of all batches together."""
+    found = [row["flips"] for row in rows if "flips" in row]
+
+    def share(name: str) -> str:
+        return f"{pooled(found, name, 'sampled') / pooled(found, 'decisions', 'sampled'):.2%}".replace("%", " %")
+
+    sizes = [size for size in OTHER_SIZES if all(f"{size} from none" in row for row in found)]
+    others = ", ".join(f"with {size} {share(f'{size} from none')}" for size in sizes)
+    return (
+        f"Of {pooled(found, 'decisions', 'sampled'):,} top-1 decisions at random weights (0.6B), `none` differs from "
+        f"float32 in {share('none from float32')} and `full` in {share('full from float32')}; from `none`, `full` "
+        f"differs in {share('full from none')}, `none` {others}: bf16 sums run in another order."
+    )
+
+
+SECTIONS = {
+    "gpu_forward": (forward, gpu_forward.targets.targets),
+    "gpu_attention": (gpu_attention.report.section, gpu_attention.targets.targets),
+    "gpu_training": (gpu_training.report.section, gpu_training.targets.targets),
+}
+
+
+def measured() -> dict[str, Row]:
+    """The results that there are, by name."""
+    paths = {name: RESULTS / f"{name}.json" for name in SECTIONS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def with_sections(readme: str) -> str:
+    """The text of README.md with what the results say between their markers: nothing where there is no result."""
+    results = measured()
+    for name, (section, _) in SECTIONS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, rest = readme.split(start)
+        _, after = rest.split(end)
+        text = f"\n{section(results[name])}\n" if name in results else "\n"
+        readme = f"{before}{start}{text}{end}{after}"
+    return readme
+
+
+def write() -> None:
+    for name, result in measured().items():
+        result["targets"] = SECTIONS[name][1](result["rows"])
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    README.write_text(with_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        write()
+        return
+    for name, result in measured().items():
+        print(SECTIONS[name][0](result), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

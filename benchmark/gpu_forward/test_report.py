@@ -1,0 +1,48 @@
+"""README.md says of the GPU what the results say."""
+
+import re
+from typing import Any
+
+from gpu_forward.report import README, SECTIONS, forward, measured, with_sections
+from gpu_training.report import section
+
+RUN = "run: python benchmark/gpu_forward/report.py --write"
+TEXT = README.read_text(encoding="utf-8")
+
+
+def test_readme_is_drawn_from_the_results() -> None:
+    assert with_sections(TEXT) == TEXT, RUN
+
+
+def test_an_altered_readme_is_told() -> None:
+    altered = re.sub(r"(\| rerank \| 10,523 .*?0\.)\d\d", r"\g<1>99", TEXT, count=1)
+    assert altered != TEXT
+    assert with_sections(altered) == TEXT
+
+
+def test_results_say_what_the_targets_are() -> None:
+    for name, result in measured().items():
+        assert result["targets"] == SECTIONS[name][1](result["rows"]), RUN
+
+
+def test_every_row_is_told() -> None:
+    result = measured()["gpu_forward"]
+    table = [line for line in forward(result).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(result["rows"])
+
+
+def test_training() -> None:
+    row: dict[str, Any] = {
+        "shape": "qwen3-4b",
+        "batch": "4 x 8",
+        "loss": "all",
+        "compression": 2.4,
+        "wall_ms": {"none": 1.0, "full": 0.5},
+        "speedup": {"none": 1.0, "full": 2.0},
+        "peak_gib": {"none": 65.0, "full": 26.0},
+        "loss_value": {},
+        "seconds_of_shapes": {"first": 8.0, "median": 0.2, "slowest later": 0.4},
+    }
+    text = section({"hardware": {"gpu": "a GPU"}, "rows": [row]})
+    assert "| 4 x 8 | all | 4B | 2.40 |  |  |  |  | 2.00 |  | 65.0 → 26.0 |" in text
+    assert "Missed: qwen3-4b, loss on all: speed-up as a share of compression: 0.8333 where ≥ 0.95" in text
