@@ -18,11 +18,14 @@ class EmbedRequest(BaseModel):
     inputs: list[str]
 
 
-def application(directory: str) -> FastAPI:
-    transformer = Transformer(directory, model_kwargs={"dtype": torch.float32})
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def application(directory: str, device: str, dtype: str) -> FastAPI:
+    transformer = Transformer(directory, model_kwargs={"dtype": DTYPES[dtype]})
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
-    model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
-    # Requests come on several threads, and the model has the processor's cores to itself.
+    model = SentenceTransformer(modules=[transformer, pooling], device=device)
+    # Requests come on several threads, and the model has the cores or the GPU to itself.
     one_at_a_time = threading.Lock()
     app = FastAPI()
 
@@ -43,8 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory of a Hugging Face model with its tokenizer")
     parser.add_argument("--port", type=int, default=3001)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="f32")
     options = parser.parse_args()
-    uvicorn.run(application(options.model), port=options.port, log_level="warning")
+    uvicorn.run(application(options.model, options.device, options.dtype), port=options.port, log_level="warning")
 
 
 if __name__ == "__main__":

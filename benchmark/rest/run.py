@@ -1,12 +1,16 @@
 """Text in, vectors out, over HTTP: the server unfolded, at the paper's level and folded, and sentence-transformers.
 
-Each configuration is a server of its own, with all cores, started in turn; rounds alternate, so that a slow moment of
-the machine meets all of them. The model is a Qwen3 of 100M parameters with random weights. Where vLLM's CPU build is on
-the PATH, it is measured too, without and with its cache of prefixes.
+Each configuration is a server of its own, with the same threads, started in turn; rounds alternate, so that a slow
+moment of the machine meets all of them. The model is a Qwen3 with random weights. Where vLLM is on the PATH, it is
+measured too, without and with its cache of prefixes. The numbers are medians of the rounds.
 
-    python benchmark/rest/run.py           # half an hour, on an idle machine; rewrites results/rest.json
-    python benchmark/rest/run.py --quick   # two requests, writes nothing: does it run?
-    python benchmark/rest/run.py --plot    # draws the plot from the JSON result
+examples:
+  python benchmark/rest/run.py           # 20 minutes on two idle cores; rewrites the result, plot and README
+  python benchmark/rest/run.py --smoke   # a tiny model, two requests, writes nothing: does it run?
+  python benchmark/rest/run.py --plot    # draws the plot and the README's table from the JSON result
+  python benchmark/rest/run.py --shape 4b --device cuda:0 --dtype bf16 --template reranker --words 0 --requests 64 \\
+      --prefixes 64 256 1024 --own 64 --out rest_4b.json
+  python benchmark/rest/run.py --url none=http://host:3000 --url full=http://host:3001 --out running.json
 """
 
 import argparse
@@ -17,6 +21,7 @@ import platform
 import shutil
 import statistics
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,185 +29,225 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
-import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModel, PreTrainedTokenizerFast, Qwen3Config  # noqa: E402
 
 from machine import cpu, output_of  # noqa: E402
 from real_batches import DATA  # noqa: E402
-from rest.client import Run, drive  # noqa: E402
-from rest.servers import Server, radix_mlp, sentence_transformers, serving, vllm  # noqa: E402
-from rest.traffic import Texts, requests, shared_prefixes  # noqa: E402
+from rest import servers  # noqa: E402
+from rest.client import Run, Target, drive  # noqa: E402
+from rest.models import SHAPES, write_model  # noqa: E402
+from rest.report import into_readme, plot, section  # noqa: E402
+from rest.servers import Machine, Server, cache_counters, serving  # noqa: E402
+from rest.targets import targets  # noqa: E402
+from rest.traffic import TEMPLATES, Request, requests, shared_prefixes, strangers  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "rest.json"
-MODEL = ROOT / "target" / "rest" / "model"
-ROUNDS, REQUESTS, PAIRS, CONCURRENCY = 2, 32, 16, 16
-# Of vectors of length 1: sums of 768 terms in another order, in f32, through 12 layers.
-TOLERANCE = 1e-4
-SHARED_WORDS = [0, 8, 32, 96]
-COLORS = {
-    "none": "tab:gray",
-    "mlp": "tab:blue",
-    "full": "tab:green",
-    "sentence-transformers": "tab:orange",
-    "vLLM": "tab:red",
-}
+LEVELS = ("none", "mlp", "full")
+# Of the throughput of the unfolded server in the closed loop: it keeps up, and queues are short.
+OPEN_LOAD = 0.7
+# Of vectors of length 1: sums in another order, in f32 through 12 layers of 768, and in bf16, which has 8 bits, through
+# up to 36.
+TOLERANCE = {"f32": 1e-4, "bf16": 5e-2, "f16": 1e-2}
 
 
-def configurations() -> dict[str, Server]:
-    servers = {"sentence-transformers": sentence_transformers(MODEL)}
+def configurations(machine: Machine, options: argparse.Namespace) -> dict[str, Server]:
+    """By name: the fold level as the server is told, and the tokens of a batch. "auto" is what users have."""
+    if options.url:
+        # The name of the unfolded one is "none": others are compared with it.
+        named = dict(pair.split("=", 1) for pair in options.url)
+        return {f"{name}, 16384": Server(url=url.rstrip("/")) for name, url in named.items()}
+    found = {"sentence-transformers": servers.sentence_transformers(machine)}
     if executable := shutil.which("vllm"):
-        servers["vLLM"] = vllm(executable, MODEL, prefix_caching=False)
-        servers["vLLM, prefix caching"] = vllm(executable, MODEL, prefix_caching=True)
-    for tokens in ("16384", "65536"):
-        for level in ("none", "mlp", "full"):
-            # "auto" is what users have who say nothing: folded where that gains.
-            fold = "auto" if level == "full" else level
-            servers[f"{level}, {tokens}"] = radix_mlp(MODEL, "--fold", fold, "--max-batch-tokens", tokens)
-    return servers
+        found["vLLM"] = servers.vllm(executable, machine, prefix_caching=False)
+        found["vLLM, prefix caching"] = servers.vllm(executable, machine, prefix_caching=True)
+    for tokens in (16384, 65536):
+        for level in LEVELS:
+            found[f"{level}, {tokens}"] = servers.radix_mlp(machine, level, tokens, options.binary)
+    return found | {"auto, 16384": servers.radix_mlp(machine, "auto", 16384, options.binary)}
 
 
-def make_model() -> None:
-    if (MODEL / "config.json").exists():
-        return
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
-    AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(MODEL)  # type: ignore[no-untyped-call]
-    file = str(DATA / "qwen3-tokenizer" / "tokenizer.json")
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_file=file, pad_token="<|endoftext|>", eos_token="<|im_end|>"
-    ).save_pretrained(MODEL)
-
-
-def measured(server: Server, bodies: list[Texts]) -> Run:
+def measured(
+    server: Server, bodies: list[Request], concurrency: int, rate: float | None
+) -> tuple[Run, dict[str, float]]:
+    """What came of it, and what vLLM counted of its cache."""
     with serving(server) as url:
+        target = Target(url, model=server.openai_model or "", route="openai" if server.openai_model else "embed")
         # Another text, so that caches of prefixes stay empty, but for what finds everything cold.
-        asyncio.run(drive(url, [["a first text"]], openai_model=server.openai_model))
-        run = asyncio.run(drive(url, bodies, concurrency=CONCURRENCY, openai_model=server.openai_model))
+        asyncio.run(drive(target, [Request(["a first text"])]))
+        before = cache_counters(url)
+        run = asyncio.run(drive(target, bodies, concurrency=concurrency, rate=rate))
+        after = cache_counters(url)
     if run.errors:
-        raise RuntimeError(f"{server.command}: {len(run.errors)} errors, the first: {run.errors[0]}")
-    return run
+        raise RuntimeError(f"{server.told()}: {len(run.errors)} errors, the first: {run.errors[0]}")
+    return run, {name: value - before.get(name, 0) for name, value in after.items()}
 
 
-def compare(bodies: list[Texts], servers: dict[str, Server], rounds: int) -> dict[str, Any]:
-    """For each server the run of median mean latency, and all latencies of it."""
-    runs: dict[str, list[Run]] = {name: [] for name in servers}
+def compare(
+    bodies: list[Request],
+    configured: dict[str, Server],
+    rounds: int,
+    tolerance: float,
+    *,
+    concurrency: int = 16,
+    rate: float | None = None,
+) -> dict[str, Any]:
+    """For each server medians of the rounds, and all latencies. Raises RuntimeError where vectors differ."""
+    runs: dict[str, list[Run]] = {name: [] for name in configured}
+    caches: dict[str, dict[str, float]] = {}
     for _ in tqdm(range(rounds), desc="rounds", disable=None):
-        for name, server in tqdm(servers.items(), desc="servers", leave=False, disable=None):
-            runs[name].append(measured(server, bodies))
+        for name, server in tqdm(configured.items(), desc="servers", leave=False, disable=None):
+            run, caches[name] = measured(server, bodies, concurrency, rate)
+            # The first round's vectors are compared; those of all would fill the memory.
+            runs[name].append(run if not runs[name] else replace(run, vectors=[]))
     reference = next(found[0] for name, found in runs.items() if name.startswith("none"))
     result = {}
     for name, found in runs.items():
         difference = max(float(np.abs(a - b).max()) for a, b in zip(found[0].vectors, reference.vectors, strict=True))
-        if not difference < TOLERANCE:
+        if not difference < tolerance:
             raise RuntimeError(f"{name} gives other vectors: they differ by {difference:.1e}")
-        means = [float(np.mean(run.latencies)) for run in found]
-        middle = found[means.index(statistics.median_low(means))]
-        result[name] = {
-            **{key: round(value, 4) for key, value in middle.summary(reference.tokens).items()},
-            "mean_of_each_round": [round(mean, 4) for mean in means],
-            "largest_difference": difference,
-            "latencies": [round(latency, 4) for latency in middle.latencies],
-        }
+        result[name] = medians(found, reference.tokens) | {"largest_difference": difference} | caches[name]
     return result
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    build = "cargo build --release -q -p radix_mlp --features server"
-    output_of(*build.split())
-    make_model()
-    count, rounds = (2, 1) if quick else (REQUESTS, ROUNDS)
-    bodies = requests("recorded", "reranker", PAIRS, count)
-    passages = compare(bodies, configurations(), rounds)
-    levels = {name: server for name, server in configurations().items() if name in ("none, 16384", "full, 16384")}
-    words = SHARED_WORDS[:2] if quick else SHARED_WORDS
-    sharing = {
-        number: compare(shared_prefixes(number, 12, PAIRS, max(2, count // 8)), levels, rounds)
-        for number in tqdm(words, desc="prefixes", disable=None)
+def medians(runs: list[Run], tokens: int) -> dict[str, Any]:
+    """Of each figure of the rounds; `latencies` are those of all rounds."""
+    rounds = [run.summary(tokens) for run in runs]
+    return {
+        **{key: round(statistics.median(each[key] for each in rounds), 4) for key in rounds[0]},
+        "mean_of_each_round": [round(each["mean"], 4) for each in rounds],
+        "latencies": [round(latency, 4) for run in runs for latency in run.latencies],
     }
-    for runs in sharing.values():
-        for run in runs.values():
+
+
+def sharing(configured: dict[str, Server], options: argparse.Namespace) -> dict[str, Any]:
+    """Traffic from nothing shared to long shared prefixes; without latencies, which nothing draws."""
+    count, texts = options.sweep_requests, options.sweep_pairs
+    traffic = {
+        "nothing": shared_prefixes(0, options.own, texts, count),
+        "strangers": strangers(options.data, texts, count, options.words or 10**6),
+    }
+    traffic |= {f"{prefix} tokens": shared_prefixes(prefix, options.own, texts, count) for prefix in options.prefixes}
+    some = {
+        name: server for name, server in configured.items() if name in ("none, 16384", "full, 16384", "auto, 16384")
+    }
+    result = {}
+    for case, bodies in tqdm(traffic.items(), desc="sharing", disable=None):
+        result[case] = compare(bodies, some, options.rounds, TOLERANCE[options.dtype], concurrency=options.concurrency)
+        for run in result[case].values():
             del run["latencies"]
+    return result
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    model = write_model(options.shape, ROOT / "target" / "rest" / options.shape)
+    machine = Machine(model, options.device, options.dtype, options.threads)
+    configured = configurations(machine, options)
+    bodies = requests(options.data, options.template, options.pairs, options.requests, options.words or None)
+    tolerance = TOLERANCE[options.dtype]
+    result = origin(configured, options)
+    result["passages"] = compare(bodies, configured, options.rounds, tolerance, concurrency=options.concurrency)
+    rate = OPEN_LOAD * result["passages"]["none, 16384"]["requests_per_second"]
+    few = {name: server for name, server in configured.items() if name in ("none, 16384", "full, 16384")}
+    # One round: requests arrive at the same moments for all.
+    result["open_loop"] = {"requests_per_second": round(rate, 4), "rounds": 1}
+    result["open_loop"] |= {"servers": compare(bodies, few, 1, tolerance, rate=rate)}
+    result["sharing"] = sharing(configured, options)
+    return result | {"targets": targets(result)}
+
+
+def origin(configured: dict[str, Server], options: argparse.Namespace) -> dict[str, Any]:
+    config = SHAPES[options.shape]
+    gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else None
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     return {
         "cpu": cpu(),
-        "threads": len(os.sched_getaffinity(0)),
+        "gpu": gpu,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
-        "vllm": output_of("env", "VLLM_TARGET_DEVICE=cpu", "vllm", "--version") if shutil.which("vllm") else None,
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
-        "requests": count,
-        "pairs": PAIRS,
-        "concurrency": CONCURRENCY,
-        "rounds": rounds,
-        "passages": passages,
-        "shared_words": sharing,
+        "vllm": output_of("vllm", "--version") if "vLLM" in configured else "not measured: not installed",
+        "llama.cpp": "not measured",
+        "note": options.note,
+        "commit": options.commit or output_of("git", "rev-parse", "--short", "HEAD"),
+        "dirty": None if options.commit else bool(changes()),
+        "model": {"shape": options.shape, "weights": "random"} | {key: getattr(config, key) for key in keys},
+        "servers": {name: server.told() for name, server in configured.items()},
+        "vllm_block_tokens": servers.VLLM_BLOCK if "vLLM" in configured else None,
+        "template_text": TEMPLATES.get(options.template, options.template),
+        **{key: getattr(options, key) for key in RECORDED_OPTIONS},
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The Markdown table of the README."""
-    lines = [
-        "| server | p50 | p90 | p99 | mean | tokens/s | N/N' | mean, times `none` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    base = result["passages"]["none, 16384"]["mean"]
-    for name, row in result["passages"].items():
-        percentiles = " | ".join(f"{row[key]:.2f} s" for key in ("p50", "p90", "p99", "mean"))
-        rate, ratio = f"{row['tokens_per_second']:,.0f}", f"{row['fold_ratio']:.2f}"
-        lines.append(f"| {name} | {percentiles} | {rate} | {ratio} | {base / row['mean']:.2f} |")
-    return "\n".join(lines)
+RECORDED_OPTIONS = (
+    *("device", "dtype", "threads", "data", "template", "words", "requests", "pairs", "concurrency", "rounds"),
+    *("sweep_requests", "sweep_pairs", "prefixes", "own"),
+)
 
 
-def plot(result: dict[str, Any]) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for name, row in result["passages"].items():
-        level, _, tokens = name.partition(", ")
-        style = "--" if tokens in ("65536", "prefix caching") else "-"
-        latencies = np.sort(row["latencies"])
-        share = np.arange(1, len(latencies) + 1) / len(latencies)
-        left.plot(latencies, share, style, color=COLORS[level], label=name)
-    left.set(xlabel="seconds to an answer", ylabel="part of the requests", xlim=(0, None))
-    left.set_title(f"{result['requests']} requests of {result['pairs']} passages, {result['concurrency']} at a time")
-    left.legend(fontsize=8)
-    ratios = [runs["full, 16384"]["fold_ratio"] for runs in result["shared_words"].values()]
-    for name in ("none, 16384", "full, 16384"):
-        rates = [runs[name]["tokens_per_second"] for runs in result["shared_words"].values()]
-        right.plot(ratios, rates, color=COLORS[name.split(",")[0]], marker=".", label=name)
-    right.set(xlabel="N/N' of the scheduler's batches", ylabel="tokens/s asked for and answered", ylim=(0, None))
-    right.set_title("texts that share prefixes of several lengths")
-    right.legend(fontsize=8)
-    figure.savefig(RESULT.with_suffix(".png"), dpi=120)
+def changes() -> str:
+    """Changed files that may change a number: not the results, and not what git does not know."""
+    return output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--smoke", action="store_true", help="a tiny model and two requests, writes nothing")
+    made.add_argument("--plot", action="store_true", help="draw the plot and the table from the JSON result")
+    made.add_argument("--out", type=Path, default=RESULT, help="needed where the tree has changes")
+    made.add_argument("--commit", help="where there is no git to ask")
+    made.add_argument("--note", help="what else a reader of the README should know of this run")
+    made.add_argument("--binary", type=Path, help="a server that is built; otherwise cargo builds it")
+    made.add_argument("--url", action="append", metavar="NAME=URL", help="a running server; one is named none")
+    made.add_argument("--shape", choices=SHAPES, default="100m")
+    made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    made.add_argument("--dtype", choices=TOLERANCE, default="f32")
+    made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each server; all cores")
+    made.add_argument("--data", default="recorded", help="recorded, msmarco or a file of JSON lines; recorded")
+    made.add_argument("--template", default="instruct", help=f"{', '.join(TEMPLATES)} or your own; instruct")
+    made.add_argument("--words", type=int, default=8, help="passages are cut after; 0 does not; 8")
+    made.add_argument("--requests", type=int, default=32, help="32")
+    made.add_argument("--pairs", type=int, default=64, help="texts of one request; 64")
+    made.add_argument("--concurrency", type=int, default=16, help="16")
+    made.add_argument("--rounds", type=int, default=3, help="3")
+    made.add_argument("--sweep-requests", type=int, default=64, help="at each length of prefixes; 64")
+    made.add_argument("--sweep-pairs", type=int, default=8, help="texts of one of these; 8")
+    made.add_argument("--prefixes", type=int, nargs="+", default=[16, 48], help="shared tokens; 16 48")
+    made.add_argument("--own", type=int, default=16, help="tokens behind them; 16")
+    return made
+
+
+def arguments() -> argparse.Namespace:
+    """Those of the command line. Exits where a committed result would not tell what was measured."""
+    options = parser().parse_args()
+    if options.smoke:
+        options.shape, options.requests, options.pairs, options.rounds = "tiny", 2, 4, 1
+        options.sweep_requests, options.sweep_pairs = 2, 4
+    committed = options.out.resolve() == RESULT and not options.smoke and not options.plot
+    if committed and (options.commit or changes()):
+        sys.exit(f"the tree has changes: commit them, or name another file with --out\n{changes()}")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two requests, writes nothing")
-    parser.add_argument("--plot", action="store_true", help="draw the plot from the JSON result")
-    options = parser.parse_args()
+    options = arguments()
     if options.plot:
-        result = json.loads(RESULT.read_text())
+        result = json.loads(options.out.read_text())
     elif not DATA.is_dir():
-        sys.exit(f"no recorded passages at {DATA}")
+        sys.exit(f"no tokenizer and no recorded passages at {DATA}")
     else:
-        result = measure(options.quick)
-    print(table(result))
-    if options.quick:
+        if not options.binary and not options.url:
+            output_of("cargo", "build", "--release", "-q", "-p", "radix_mlp", "--features", "server")
+        options.binary = options.binary or servers.BINARY
+        result = measure(options)
+    print(section(result))
+    if options.smoke:
         return
     if not options.plot:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, options.out.with_suffix(".png"))
+    if options.out.resolve() == RESULT:
+        into_readme(result, ROOT / "README.md")
 
 
 if __name__ == "__main__":

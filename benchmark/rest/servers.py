@@ -1,6 +1,7 @@
 """Starts and stops the servers that are compared."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,35 +17,82 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = ROOT / "target" / "release" / "radix-mlp"
 # To load a model and answer for the first time, and to end.
 PATIENCE = 300.0
+# Tokens: shorter than the prefix of any template here; vLLM's CPU default is 128, where none would ever hit.
+VLLM_BLOCK = 16
+VLLM_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 @dataclass(frozen=True)
 class Server:
-    """How a server is started; `--port` is added. With `openai_model` it speaks OpenAI's route only."""
+    """How a server is started; `--port` is added. With `openai_model` it speaks OpenAI's route only.
 
-    command: list[str]
+    With `url` it runs already, and there is nothing to start.
+    """
+
+    command: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     openai_model: str | None = None
+    url: str | None = None
+
+    def told(self) -> str:
+        """The command without what is this machine's own."""
+        if self.url:
+            return "a running server"
+        program = "python" if self.command[0] == sys.executable else Path(self.command[0]).name
+        words = [f"{name}={value}" for name, value in self.environment.items()] + [program, *self.command[1:]]
+        return " ".join(word.replace(f"{ROOT}/", "") for word in words)
 
 
-def radix_mlp(model: Path, *options: str) -> Server:
-    return Server([str(BINARY), "serve", "-m", str(model), "--request-timeout", "3600", *options])
+@dataclass(frozen=True)
+class Machine:
+    """What all servers get alike."""
+
+    model: Path
+    device: str
+    dtype: str
+    threads: int
+
+    def environment(self) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(self.threads), "RAYON_NUM_THREADS": str(self.threads)}
 
 
-def sentence_transformers(model: Path) -> Server:
-    return Server([sys.executable, str(Path(__file__).with_name("baseline.py")), str(model)])
+def radix_mlp(machine: Machine, fold: str, tokens: int, binary: Path = BINARY) -> Server:
+    options = ["--fold", fold, "--max-batch-tokens", str(tokens), "--threads", str(machine.threads)]
+    options += ["--device", machine.device, "--dtype", machine.dtype, "--request-timeout", "3600"]
+    return Server([str(binary), "serve", "-m", str(machine.model), *options], machine.environment())
 
 
-def vllm(executable: str, model: Path, *, prefix_caching: bool) -> Server:
-    """vLLM's CPU build; prefixes of earlier requests stay in its cache."""
+def sentence_transformers(machine: Machine) -> Server:
+    script = str(Path(__file__).with_name("baseline.py"))
+    options = ["--device", machine.device, "--dtype", machine.dtype]
+    return Server([sys.executable, script, str(machine.model), *options], machine.environment())
+
+
+def vllm(executable: str, machine: Machine, *, prefix_caching: bool) -> Server:
+    """vLLM; prefixes of earlier requests stay in its cache."""
     caching = "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching"
-    options = ["--runner", "pooling", "--dtype", "float32", "--max-model-len", "4096", caching]
-    environment = {
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-    }
-    return Server([executable, "serve", str(model), *options], environment, str(model))
+    options = ["--runner", "pooling", "--dtype", VLLM_DTYPES[machine.dtype], "--max-model-len", "4096"]
+    options += ["--block-size", str(VLLM_BLOCK), caching]
+    environment = machine.environment()
+    if machine.device == "cpu":
+        cores = sorted(os.sched_getaffinity(0))[: machine.threads]
+        environment |= {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_CPU_KVCACHE_SPACE": "4",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        }
+    return Server([executable, "serve", str(machine.model), *options], environment, str(machine.model))
+
+
+def cache_counters(url: str) -> dict[str, float]:
+    """vLLM's counts of tokens that it looked for in its cache of prefixes, and found; none of other servers."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return {}
+    found = re.findall(r"^vllm:(prefix_cache_(?:queries|hits))_total\S* (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
 
 
 def free_port() -> int:
@@ -57,6 +105,9 @@ def free_port() -> int:
 @contextmanager
 def serving(server: Server) -> Iterator[str]:
     """The URL of `server` once it is healthy. Raises RuntimeError where it ends before."""
+    if server.url:
+        yield server.url
+        return
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     log = ROOT / "target" / "rest" / "server.log"
