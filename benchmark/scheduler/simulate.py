@@ -1,11 +1,12 @@
 """How long requests wait, and how much is computed, with the server's scheduler and with first-come batching.
 
-Arrivals of real texts (../shared/data) run through both in simulated time, at several loads; a batch takes
-BATCH_SECONDS and TOKEN_SECONDS a row, about what Qwen3-0.6B takes on an H200 (results/gpu_forward.json). A load of 1 is
-as much as a server that folds nothing can compute. Same seed, same numbers: nothing is timed.
+The texts are recorded ones (../shared/data); when they arrive is drawn at random, not recorded. Both policies meet them
+in simulated time, at several loads. What a batch takes is a line through the measured times of Qwen3-0.6B on an H200
+(results/gpu_forward.json, `full`). A load of 1 is as much as a server that folds nothing can compute. Same seed, same
+numbers: nothing is timed.
 
-    python benchmark/scheduler/simulate.py          # a minute; rewrites results/scheduler.json and the plot
-    python benchmark/scheduler/simulate.py --plot   # draws the plot from the JSON result
+    python benchmark/scheduler/simulate.py          # a minute; rewrites results/scheduler.json, its plot, the README
+    python benchmark/scheduler/simulate.py --plot   # draws the plot and the table from the JSON result
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,13 @@ from machine import output_of  # noqa: E402
 from real_batches import DATA, groups  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "scheduler.json"
+COSTS = ROOT / "benchmark" / "results" / "gpu_forward.json"
+START, END = "<!-- scheduler:start -->", "<!-- scheduler:end -->"
+# The server's defaults, in tokens and seconds.
 BUDGET, WINDOW = 16_384, 0.002
-BATCH_SECONDS, TOKEN_SECONDS = 5e-3, 5e-6
 LOADS = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0]
+TOLD = [0.5, 1.0, 3.0]
+FIGURES = ["fold_ratio", "p50_ms", "p99_ms", "tokens_per_second"]
 POLICIES = ["first-come", "first-come, folded", "scheduler"]
 
 # Sequences and when they arrive, in seconds, ascending.
@@ -67,21 +73,41 @@ def traces() -> dict[str, Trace]:
     }
 
 
-def simulate(trace: Trace, load: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a batch: `batch_seconds` and `token_seconds` for each row that is computed."""
+
+    batch_seconds: float
+    token_seconds: float
+
+
+def points(measured: dict[str, Any]) -> list[tuple[int, float]]:
+    """Rows that the folded forward pass of Qwen3-0.6B computed, and milliseconds."""
+    rows = [row for row in measured["rows"] if row["shape"] == "qwen3-0.6b" and "full" in row["wall_ms"]]
+    return sorted((row["nodes"], row["wall_ms"]["full"]) for row in rows)
+
+
+def fitted(found: list[tuple[int, float]]) -> Cost:
+    """The line of least squares."""
+    nodes, milliseconds = zip(*found, strict=True)
+    slope, start = np.polyfit(nodes, milliseconds, 1).tolist()
+    return Cost(round(start / 1e3, 6), round(slope / 1e3, 10))
+
+
+def simulate(trace: Trace, load: float, cost: Cost) -> dict[str, Any]:
     sequences, seconds = trace
     tokens = sum(map(len, sequences))
     # What an unfolded server takes for all of it, in full batches.
-    capacity = tokens * TOKEN_SECONDS + tokens / BUDGET * BATCH_SECONDS
+    capacity = tokens * cost.token_seconds + tokens / BUDGET * cost.batch_seconds
     scaled = seconds / seconds[-1] * capacity / load
     request = {
         "sequences": sequences,
         "seconds": scaled.tolist(),
         "budget": BUDGET,
         "window": WINDOW,
-        "batch_seconds": BATCH_SECONDS,
-        "token_seconds": TOKEN_SECONDS,
+        **asdict(cost),
     }
-    example = ROOT / "target" / "release" / "examples" / "simulate_scheduler"
+    example = ROOT / "target" / "debug" / "examples" / "simulate_scheduler"
     answer = subprocess.run([example], input=json.dumps(request), capture_output=True, text=True, check=True)
     return {policy: summary(outcome, tokens) for policy, outcome in json.loads(answer.stdout).items()}
 
@@ -98,40 +124,56 @@ def summary(outcome: dict[str, Any], tokens: int) -> dict[str, float]:
 
 
 def measure() -> dict[str, Any]:
-    subprocess.run(
-        [
-            "cargo",
-            "build",
-            "--release",
-            "-q",
-            "-p",
-            "radix_mlp",
-            "--features",
-            "candle",
-            "--example",
-            "simulate_scheduler",
-        ],
-        check=True,
-        cwd=ROOT,
-    )
+    # Optimised as well: the profile for development is.
+    build = "cargo build -q -p radix_mlp --features candle --example simulate_scheduler"
+    output_of(*build.split())
+    costs = points(json.loads(COSTS.read_text()))
+    cost = fitted(costs)
     results = {}
-    for name, trace in tqdm(traces().items(), desc="traces"):
-        rows = [{"load": load, **simulate(trace, load)} for load in tqdm(LOADS, desc=name, leave=False)]
+    for name, trace in tqdm(traces().items(), desc="traces", disable=None):
+        rows = [{"load": load, **simulate(trace, load, cost)} for load in tqdm(LOADS, desc=name, leave=False)]
         sequences, tokens = len(trace[0]), sum(map(len, trace[0]))
         results[name] = {"sequences": sequences, "tokens": tokens, "loads": rows}
     return {
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
+        "commit": output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "texts": "recorded",
+        "arrivals": "drawn at random with a fixed seed, and stretched to each load; no arrival trace was recorded",
         "budget_tokens": BUDGET,
         "window_seconds": WINDOW,
-        "batch_seconds": BATCH_SECONDS,
-        "token_seconds": TOKEN_SECONDS,
+        **asdict(cost),
+        "cost_points": {"of": f"{COSTS.name}: qwen3-0.6b, full, [nodes, wall_ms]", "points": costs},
         "traces": results,
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The README's: first-come batching that folds as well, beside the scheduler."""
+    lines = [
+        "| texts | load | N/N' | p50, ms | p99, ms | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, trace in result["traces"].items():
+        for row in trace["loads"]:
+            if row["load"] in TOLD:
+                pairs = [(row["first-come, folded"][key], row["scheduler"][key]) for key in FIGURES]
+                lines.append(f"| {name} | {row['load']} | {' | '.join(f'{a:,} → {b:,}' for a, b in pairs)} |")
+    worst = max(
+        (row["scheduler"]["p99_ms"] / row["first-come, folded"]["p99_ms"] - 1, name, row["load"])
+        for name, trace in result["traces"].items()
+        for row in trace["loads"]
+    )
+    return "\n".join([*lines, "", f"The scheduler's worst p99 is {worst[0]:+.0%}: {worst[1]}, load {worst[2]}."])
+
+
+def into_readme(result: dict[str, Any], readme: Path) -> None:
+    before, _, rest = readme.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{START}\n{table(result)}\n{END}{after}")
+
+
 def plot(result: dict[str, Any]) -> None:
     traces = result["traces"]
-    figure, axes = plt.subplots(2, len(traces), figsize=(4.5 * len(traces), 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(3, len(traces), figsize=(4.5 * len(traces), 10), sharex=True, layout="constrained")
     for column, (name, trace) in enumerate(traces.items()):
         loads = [row["load"] for row in trace["loads"]]
         for policy, color in zip(POLICIES, ["tab:gray", "tab:blue", "tab:green"], strict=True):
@@ -139,12 +181,15 @@ def plot(result: dict[str, Any]) -> None:
                 values = [row[policy][quantile] for row in trace["loads"]]
                 label = f"{policy}, {quantile[:3]}"
                 axes[0, column].plot(loads, values, style, color=color, label=label, marker=".")
-            ratios = [row[policy]["fold_ratio"] for row in trace["loads"]]
-            axes[1, column].plot(loads, ratios, color=color, label=policy, marker=".")
+            for line, figure_name in [(1, "fold_ratio"), (2, "tokens_per_second")]:
+                values = [row[policy][figure_name] for row in trace["loads"]]
+                axes[line, column].plot(loads, values, color=color, label=policy, marker=".")
         axes[0, column].set(title=name, yscale="log")
-        axes[1, column].set(xlabel="load, 1 = all an unfolded server can do", ylim=(0, None))
+        axes[1, column].set(ylim=(0, None))
+        axes[2, column].set(xlabel="load, 1 = all an unfolded server can do", ylim=(0, None))
     axes[0, 0].set_ylabel("ms from arrival to answer")
     axes[1, 0].set_ylabel("tokens asked for / computed")
+    axes[2, 0].set_ylabel("tokens/s asked for and answered")
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].legend(fontsize=8)
     figure.savefig(RESULT.with_suffix(".png"), dpi=120)
@@ -157,7 +202,9 @@ def main() -> None:
         if not DATA.is_dir():
             sys.exit(f"no real texts at {DATA}")
         RESULT.write_text(json.dumps(measure(), indent=1) + "\n")
-    plot(json.loads(RESULT.read_text()))
+    result = json.loads(RESULT.read_text())
+    plot(result)
+    into_readme(result, ROOT / "README.md")
 
 
 if __name__ == "__main__":
