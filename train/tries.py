@@ -1,11 +1,14 @@
-"""Batches of every shape that sharing takes, a small model, and a fold that is wrong."""
+"""Batches of every shape that sharing takes, a small model on every backend, and a fold that is wrong."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 
+from radix_mlp.torch.dispatch import Backend
 from radix_torch_varlen import Batch, Level, Qwen3, Qwen3Config
 
 Sequences = list[list[int]]
@@ -23,11 +26,41 @@ CONFIG = Qwen3Config(
     rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
 )
 
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+if not CUDA:
+    # Triton then interprets its kernels. It reads this when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
-def model(dtype: torch.dtype, config: Qwen3Config = CONFIG) -> Qwen3:
+NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16"}
+# What each backend computes here; Triton's interpreter has no bfloat16.
+DTYPES: dict[Backend, tuple[torch.dtype, ...]] = {"sequential": (torch.float64, torch.float32, torch.bfloat16)}
+if find_spec("triton"):
+    DTYPES["tree"] = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
+if CUDA:
+    DTYPES["query_folded"] = (torch.bfloat16,)
+# What an interpreted kernel gets through in a second.
+INTERPRETED_TOKENS = 200
+
+
+def runs(*dtypes: torch.dtype) -> list[tuple[Backend, torch.dtype]]:
+    """The backends that compute one of `dtypes` here, with it."""
+    return [(backend, dtype) for backend, own in DTYPES.items() for dtype in dtypes if dtype in own]
+
+
+def affordable(backend: Backend, sequences: Sequences) -> bool:
+    """Whether a proof need not wait for it."""
+    return CUDA or backend != "tree" or sum(map(len, sequences)) <= INTERPRETED_TOKENS
+
+
+def model(dtype: torch.dtype, config: Qwen3Config = CONFIG, *, backend: Backend = "sequential", seed: int = 0) -> Qwen3:
     """The same random weights in every dtype, up to rounding."""
-    torch.manual_seed(0)
-    return Qwen3(config).to(dtype)
+    torch.manual_seed(seed)
+    return Qwen3(config, backend=backend).to(DEVICE, dtype)
+
+
+def fold_at(level: Level, sequences: Sequences) -> Batch:
+    return Batch.from_sequences(sequences, level, DEVICE)
 
 
 def families() -> dict[str, Sequences]:
@@ -55,6 +88,7 @@ def families() -> dict[str, Sequences]:
         "nothing shared": [[first, *tokens(11)] for first in range(5)],
         "empty and single": [[], [5], trunk, [], [5, 6], [7]],
         "random": [draw.choices(range(3), k=draw.randrange(12)) for _ in range(30)],
+        "two completions": list(tree([], [(1, 9), (2, 6)])),
     }
 
 
@@ -64,8 +98,7 @@ MERGEABLE = [family for family in families() if family != "prefixes of each othe
 
 def wrongly_folded(sequences: Sequences, level: Level) -> Batch:
     """`sequences` with one row merged into its neighbour, as by a fold that overlooks a token; labels are right."""
-    right = Batch.from_sequences(sequences, level)
-    return replace(Batch.from_sequences(_merged(sequences), level), labels=right.labels)
+    return replace(fold_at(level, _merged(sequences)), labels=fold_at(level, sequences).labels)
 
 
 def _merged(sequences: Sequences) -> Sequences:

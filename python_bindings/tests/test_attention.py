@@ -195,6 +195,15 @@ def test_errors_name_what_is_wrong(change: Options, message: str) -> None:
         attention(q, k, v, fold, **options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is CUDA")
+def test_interpreted_kernels_have_no_bfloat16() -> None:
+    """Triton's interpreter would return numbers without meaning."""
+    pytest.importorskip("triton")
+    q = torch.zeros(2, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'tree' takes float16 and float32 where Triton interprets it"):
+        attention(q, q, q, Fold.from_sequences([[1, 2]], layout="depth_first"), backend="tree")
+
+
 def test_mixed_dtypes_are_refused() -> None:
     fold = Fold.from_sequences([[1, 2]])
     q = torch.zeros(2, 1, 8)

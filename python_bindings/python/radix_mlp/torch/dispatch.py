@@ -128,6 +128,8 @@ def _unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, 
             return f"needs a fold in depth_first layout, got {fold.layout}"
         if q.dtype not in (*HALF, torch.float32):
             return f"takes float16, bfloat16 and float32, got {q.dtype}"
+        if q.device.type != "cuda" and q.dtype == torch.bfloat16:
+            return "takes float16 and float32 where Triton interprets it, got torch.bfloat16"
         return None
     if q.dtype not in HALF:
         return f"takes float16 and bfloat16, got {q.dtype}"

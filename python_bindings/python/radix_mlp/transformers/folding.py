@@ -334,7 +334,7 @@ class Folding:
         return fields if without is not None else type(output)(**fields)
 
     def _restored_states(self, name: str, compact: Tensor, batch: Batch) -> Tensor:
-        """States [1, rows, width], or [streams, 1, rows, width] where those are parallel (Gemma 3n), in their places."""
+        """States [1, rows, width], or [streams, 1, rows, width] where there are several (Gemma 3n), in place."""
         if compact.ndim not in (3, 4) or compact.shape[-3:-1] != (1, batch.fold.num_rows):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} returned {name} of shape {tuple(compact.shape)}, where "
