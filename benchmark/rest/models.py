@@ -27,7 +27,7 @@ def shape(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
     )
 
 
-# Those of two to eight billion parameters as published; none has an LM head, which embedding does not use.
+# 0.6B to 8B as published, without the LM head of 8B, which embedding does not use.
 SHAPES = {
     "tiny": shape(64, 2, 2, 1, 128, 32),
     "100m": shape(768, 12, 12, 4, 2304, 64),

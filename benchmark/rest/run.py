@@ -52,12 +52,13 @@ OPEN_LOAD = 0.7
 TOLERANCE = {"f32": 1e-4, "bf16": 5e-2, "f16": 1e-2}
 
 
-def configurations(machine: Machine, options: argparse.Namespace) -> dict[str, Server]:
+def configurations(options: argparse.Namespace) -> dict[str, Server]:
     """By name: the fold level as the server is told, and the tokens of a batch. "auto" is what users have."""
     if options.url:
-        # The name of the unfolded one is "none": others are compared with it.
         named = dict(pair.split("=", 1) for pair in options.url)
         return {f"{name}, 16384": Server(url=url.rstrip("/")) for name, url in named.items()}
+    model = write_model(options.shape, ROOT / "target" / "rest" / options.shape)
+    machine = Machine(model, options.device, options.dtype, options.threads)
     found = {"sentence-transformers": servers.sentence_transformers(machine)}
     if executable := shutil.which("vllm"):
         found["vLLM"] = servers.vllm(executable, machine, prefix_caching=False)
@@ -141,9 +142,7 @@ def sharing(configured: dict[str, Server], options: argparse.Namespace) -> dict[
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    model = write_model(options.shape, ROOT / "target" / "rest" / options.shape)
-    machine = Machine(model, options.device, options.dtype, options.threads)
-    configured = configurations(machine, options)
+    configured = configurations(options)
     bodies = requests(options.data, options.template, options.pairs, options.requests, options.words or None)
     tolerance = TOLERANCE[options.dtype]
     result = origin(configured, options)
@@ -158,6 +157,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def origin(configured: dict[str, Server], options: argparse.Namespace) -> dict[str, Any]:
+    recorded = {key: getattr(options, key) for key in RECORDED_OPTIONS}
+    if options.url:
+        # What runs elsewhere says nothing of itself.
+        return {"commit": options.commit, "note": options.note} | recorded | {"device": None, "threads": None}
     config = SHAPES[options.shape]
     gpu = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else None
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -175,7 +178,7 @@ def origin(configured: dict[str, Server], options: argparse.Namespace) -> dict[s
         "servers": {name: server.told() for name, server in configured.items()},
         "vllm_block_tokens": servers.VLLM_BLOCK if "vLLM" in configured else None,
         "template_text": TEMPLATES.get(options.template, options.template),
-        **{key: getattr(options, key) for key in RECORDED_OPTIONS},
+        **recorded,
     }
 
 
@@ -194,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--smoke", action="store_true", help="a tiny model and two requests, writes nothing")
     made.add_argument("--plot", action="store_true", help="draw the plot and the table from the JSON result")
-    made.add_argument("--out", type=Path, default=RESULT, help="needed where the tree has changes")
+    made.add_argument("--out", type=Path, default=RESULT, help="needed where not this commit's build is measured")
     made.add_argument("--commit", help="where there is no git to ask")
     made.add_argument("--note", help="what else a reader of the README should know of this run")
     made.add_argument("--binary", type=Path, help="a server that is built; otherwise cargo builds it")
@@ -223,8 +226,12 @@ def arguments() -> argparse.Namespace:
     if options.smoke:
         options.shape, options.requests, options.pairs, options.rounds = "tiny", 2, 4, 1
         options.sweep_requests, options.sweep_pairs = 2, 4
+    if options.url and not any(pair.startswith("none=") for pair in options.url):
+        sys.exit("--url none=…: there is no unfolded server to compare with")
     committed = options.out.resolve() == RESULT and not options.smoke and not options.plot
-    if committed and (options.commit or changes()):
+    if committed and (options.url or options.binary or options.commit):
+        sys.exit("the committed result is of what this tree builds: name another file with --out")
+    if committed and changes():
         sys.exit(f"the tree has changes: commit them, or name another file with --out\n{changes()}")
     return options
 

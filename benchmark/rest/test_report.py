@@ -98,11 +98,21 @@ def test_other_vectors_are_refused(value: float, monkeypatch: pytest.MonkeyPatch
         run.compare([Request(["a"])], {"none": Server(), "full": Server()}, 1, 1e-4)
 
 
-def test_a_changed_tree_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_the_tree_builds_becomes_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "changes", lambda: " M package/src/fold.rs")
     monkeypatch.setattr(sys, "argv", ["run.py"])
     with pytest.raises(SystemExit, match=r"fold\.rs"):
         run.arguments()
+    monkeypatch.setattr(run, "changes", lambda: "")
+    assert run.arguments().out == run.RESULT
+    for elsewhere in (["--binary", "other"], ["--commit", "abc"], ["--url", "none=http://host"]):
+        monkeypatch.setattr(sys, "argv", ["run.py", *elsewhere])
+        with pytest.raises(SystemExit, match="--out"):
+            run.arguments()
+    monkeypatch.setattr(sys, "argv", ["run.py", "--url", "full=http://host", "--out", "other.json"])
+    with pytest.raises(SystemExit, match="none="):
+        run.arguments()
+    monkeypatch.setattr(run, "changes", lambda: " M package/src/fold.rs")
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", "other.json"])
     assert run.arguments().out == Path("other.json")
 
