@@ -1,0 +1,70 @@
+"""The scripts that measure the GPU run on the CPU, on tiny models, and their results can be drawn."""
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARK = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of tiny models, several threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(BENCHMARK / script), run_name="__main__")
+
+
+def smoke(monkeypatch: pytest.MonkeyPatch, script: str, result: Path, *arguments: str) -> list[dict[str, Any]]:
+    run(monkeypatch, script, "--smoke", "--out", result, "--commit", "none", *arguments)
+    written = json.loads(result.read_text())
+    assert isinstance(written["targets"], list)
+    rows: list[dict[str, Any]] = written["rows"]
+    return rows
+
+
+def test_forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = tmp_path / "forward.json"
+    rows = smoke(monkeypatch, "gpu_forward/measure.py", result, "--only", "32 x 2048+256", "nothing shared")
+    assert [row["batch"] for row in rows] == ["32 x 2048+256", "nothing shared"]
+    for row in rows:
+        assert {"padded", "none", "mlp", "full"} <= row["wall_ms"].keys()
+        assert row["flips"]["decisions"]["last"] == row["sequences"]
+        compared = [counts["last"] for name, counts in row["flips"].items() if " from " in name]
+        assert len(compared) == 7
+        assert max(compared) <= row["sequences"]
+    run(monkeypatch, "gpu_forward/plot.py", result)
+    assert result.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = tmp_path / "attention.json"
+    (row,) = smoke(monkeypatch, "gpu_attention/measure.py", result, "--only", "32 x 2048+256")
+    assert row["measured"].keys() == {"none", "none tree", "query_folded", "tree", "flex"}
+    assert row["work"]["tree"]["walk"] > 0
+    run(monkeypatch, "gpu_attention/measure.py", "--plot", "--out", result)
+    assert result.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
+def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = tmp_path / "training.json"
+    rows = smoke(monkeypatch, "gpu_training/measure.py", result, "--only", "4 x 8 x 1024+512")
+    assert [row["loss"] for row in rows] == ["all", "completions"]
+    for row in rows:
+        assert {"none", "mlp", "full", "transformers folded", "transformers padded"} <= row["speedup"].keys()
+    run(monkeypatch, "gpu_training/plot.py", result)
+    assert result.with_suffix(".png").stat().st_size > 0
