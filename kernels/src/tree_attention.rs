@@ -187,7 +187,7 @@ fn attend(
     if q.device().is_cuda() {
         return crate::cuda::tree_attention([q, k, v], mask, scale, softcap, lse);
     }
-    let wide = [q, k, v].map(|x| x.to_dtype(DType::F32));
+    let wide = [q, k, v].map(|x| x.to_dtype(DType::F32)?.contiguous());
     let [wide_q, wide_k, wide_v] = wide;
     let (out, lse) = on_host([wide_q?, wide_k?, wide_v?], mask, scale, softcap, lse)?;
     Ok((out.to_dtype(q.dtype())?, lse))

@@ -5,7 +5,8 @@ python make_checkpoints.py DIRECTORY
 DIRECTORY/<case>/ is a checkpoint; its expected.safetensors holds a ragged batch (input_ids, position_ids [N],
 cu_seq_lengths [sequences + 1], int64) and the reference in f32, computed one sequence at a time: hidden states
 [N, hidden], last_token, mean and cls embeddings [sequences, hidden], normalized ones of the last token cut to half
-their dimensions, and yes_probabilities [sequences] of token YES against token NO where the model has a head.
+their dimensions, and yes_probabilities [sequences] of token YES against token NO where the model has a head. Of the case
+"bf16" also hidden_bf16 and hidden_f16, computed in these dtypes.
 """
 
 import argparse
@@ -41,7 +42,7 @@ CASES = {
     "tied": Case(4, 4, 16, 64, 160, no_head_dim=True, options={"tie_word_embeddings": True}),
     "sharded_bias": Case(4, 2, 20, 48, 101, max_shard_size="60KB", options={"attention_bias": True}),
     "bare_odd": Case(8, 2, 10, 51, 93, bare=True, old_config=True),
-    "bf16": Case(6, 3, 32, 72, 130, dtype=torch.bfloat16, options={"tie_word_embeddings": True}),
+    "bf16": Case(6, 3, 64, 72, 136, dtype=torch.bfloat16, options={"tie_word_embeddings": True}),
     "linear_rope": Case(
         8,
         2,
@@ -120,11 +121,15 @@ def write(case: Case, directory: Path) -> None:
     sequences = batch()
     ids = [torch.tensor(tokens) for tokens, _ in sequences]
     positions = [torch.arange(start, start + len(tokens)) for tokens, start in sequences]
-    with torch.inference_mode():
-        states = [
-            body(input_ids=i[None], position_ids=p[None], use_cache=False).last_hidden_state[0]
-            for i, p in zip(ids, positions, strict=True)
-        ]
+
+    def compute() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [
+                body(input_ids=i[None], position_ids=p[None], use_cache=False).last_hidden_state[0]
+                for i, p in zip(ids, positions, strict=True)
+            ]
+
+    states = compute()
     last = torch.stack([s[-1] for s in states])
     expected = {
         "input_ids": torch.cat(ids),
@@ -140,6 +145,10 @@ def write(case: Case, directory: Path) -> None:
         with torch.inference_mode():
             logits = model.lm_head(last)
         expected["yes_probabilities"] = logits[:, [NO, YES]].softmax(-1)[:, 1]
+    if case.dtype == torch.bfloat16:
+        for name, dtype in (("hidden_f16", torch.float16), ("hidden_bf16", torch.bfloat16)):
+            body.to(dtype)
+            expected[name] = torch.cat(compute())
     save_file(
         {name: tensor.contiguous() for name, tensor in expected.items()},
         directory / "expected.safetensors",

@@ -21,8 +21,8 @@ const NO: u32 = 11;
 /// sum over the widest dimension here errs by about sqrt(600) × 6e-8 = 1.5e-6, a few times a layer.
 const TOLERANCE: f32 = 2e-5;
 
-/// The checkpoints' directory, or `None` (with the reason printed) without a Python to make them.
-fn checkpoints() -> Option<PathBuf> {
+/// The checkpoints, made for the test `name`, or `None` (with the reason printed) without a Python to make them.
+fn checkpoints(name: &str) -> Option<PathBuf> {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let default = package.join("../.venv/bin/python");
     let python = std::env::var_os("RADIX_MLP_PYTHON").map_or(default, PathBuf::from);
@@ -30,7 +30,7 @@ fn checkpoints() -> Option<PathBuf> {
         println!("skipped: no {} (set RADIX_MLP_PYTHON)", python.display());
         return None;
     }
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("qwen3_checkpoints");
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let mut script = Command::new(&python);
     script
         .arg(package.join("tests/make_checkpoints.py"))
@@ -100,7 +100,7 @@ fn relative_error(a: &Tensor, b: &Tensor, cu_seq_lengths: &[u32]) -> f32 {
 
 #[test]
 fn every_state_embedding_and_score_is_that_of_transformers() {
-    let Some(directory) = checkpoints() else {
+    let Some(directory) = checkpoints("states") else {
         return;
     };
     for case in CASES {
@@ -120,7 +120,6 @@ fn every_state_embedding_and_score_is_that_of_transformers() {
             }
         }
     }
-    half_precision_follows_f32(&directory.join("bf16"));
 }
 
 fn check(model: &Qwen3Model, fold: &Fold, level: FoldLevel, expected: &Expected, what: &str) {
@@ -158,19 +157,51 @@ fn check(model: &Qwen3Model, fold: &Fold, level: FoldLevel, expected: &Expected,
     }
 }
 
-/// Rounding to bf16 (8 bits) and f16 (11 bits) at every operation of three layers.
-fn half_precision_follows_f32(directory: &Path) {
+/// In half precision the states may be as far from f32 as transformers' own are in that dtype, and a quarter more: both
+/// round at every operation of three layers, but not in the same places.
+const ROUNDING: f32 = 1.25;
+
+fn half_precision_is_no_worse_than_that_of_transformers(directory: &Path, device: &Device) {
     let expected = Expected::read(directory);
-    let fold = expected.fold(Layout::FirstOccurrence);
-    for (dtype, tolerance) in [(DType::BF16, 6e-2), (DType::F16, 8e-3)] {
-        let model = Qwen3Model::load(directory, Some(dtype), &Device::Cpu).unwrap();
-        for level in LEVELS {
-            let hidden = model.forward(&fold, level).unwrap().unfold().unwrap();
-            assert_eq!(hidden.dtype(), dtype);
-            let reference = &expected.tensors["hidden"];
-            let error = relative_error(&hidden, reference, &expected.cu_seq_lengths);
-            println!("{dtype:?} {level:?}: hidden states differ by {error:.1e}");
-            assert!(error <= tolerance, "{dtype:?} {level:?}: {error:e}");
+    let reference = &expected.tensors["hidden"];
+    for (dtype, name) in [(DType::BF16, "hidden_bf16"), (DType::F16, "hidden_f16")] {
+        let theirs = relative_error(&expected.tensors[name], reference, &expected.cu_seq_lengths);
+        let model = Qwen3Model::load(directory, Some(dtype), device).unwrap();
+        for (layout, levels) in [
+            (Layout::FirstOccurrence, &LEVELS[..]),
+            (Layout::DepthFirst, &LEVELS[2..]),
+        ] {
+            let fold = expected.fold(layout);
+            for &level in levels {
+                let hidden = model.forward(&fold, level).unwrap().unfold().unwrap();
+                assert_eq!(hidden.dtype(), dtype);
+                let hidden = hidden.to_device(&Device::Cpu).unwrap();
+                let error = relative_error(&hidden, reference, &expected.cu_seq_lengths);
+                let what = format!("{dtype:?} {layout:?} {level:?}");
+                println!(
+                    "{what}: hidden states differ by {error:.1e}, transformers' by {theirs:.1e}"
+                );
+                assert!(
+                    error <= ROUNDING * theirs,
+                    "{what}: {error:e}, transformers' {theirs:e}"
+                );
+            }
         }
     }
+}
+
+#[test]
+fn half_precision_on_the_cpu() {
+    if let Some(directory) = checkpoints("half_precision") {
+        half_precision_is_no_worse_than_that_of_transformers(&directory.join("bf16"), &Device::Cpu);
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+#[ignore = "needs a CUDA device"]
+fn half_precision_on_cuda() {
+    let device = Device::new_cuda(0).unwrap();
+    let directory = checkpoints("cuda").expect("a Python with transformers");
+    half_precision_is_no_worse_than_that_of_transformers(&directory.join("bf16"), &device);
 }

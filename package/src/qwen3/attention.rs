@@ -3,12 +3,11 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Result, Tensor};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::FoldLevel;
-use super::gemm::{Matrix, Store, elements, matmul};
+use super::gemm::{Matrix, Store, matmul};
 use super::simd;
 use crate::Fold;
 
@@ -111,17 +110,6 @@ pub(super) struct Heads<'a> {
 }
 
 impl<'a> Heads<'a> {
-    /// The heads of a contiguous \[rows, heads, head_dim\].
-    fn contiguous(tensor: &Tensor, data: &'a [f32]) -> Result<Self> {
-        let (_, heads, head_dim) = tensor.dims3()?;
-        Ok(Self {
-            data,
-            heads,
-            head_dim,
-            row_stride: heads * head_dim,
-        })
-    }
-
     /// One head of consecutive rows, \[rows, head_dim\].
     fn head(&self, rows: &Range<usize>, head: usize) -> Matrix<'a> {
         let start = rows.start * self.row_stride + head * self.head_dim;
@@ -144,28 +132,7 @@ pub(super) struct Inputs<'a> {
     pub scale: f32,
 }
 
-/// softmax(scale · q kᵀ) v under the plan: q, k and v \[rows, heads, head_dim\] of one floating
-/// dtype. Returns the shape and dtype of q.
-pub(super) fn attend_tensors(
-    [q, k, v]: [&Tensor; 3],
-    plan: &AttentionPlan,
-    scale: f32,
-) -> Result<Tensor> {
-    let to_f32 = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.contiguous();
-    let (q32, k32, v32) = (to_f32(q)?, to_f32(k)?, to_f32(v)?);
-    let (q32, k32, v32) = (elements(&q32)?, elements(&k32)?, elements(&v32)?);
-    let inputs = Inputs {
-        q: Heads::contiguous(q, q32.slice()?)?,
-        k: Heads::contiguous(k, k32.slice()?)?,
-        v: Heads::contiguous(v, v32.slice()?)?,
-        scale,
-    };
-    let mut output = vec![0.0; q.elem_count()];
-    attend(&mut output, inputs, plan);
-    Tensor::from_vec(output, q.shape(), &Device::Cpu)?.to_dtype(q.dtype())
-}
-
-/// As [`attend_tensors`], into `output` \[rows, heads × head_dim\].
+/// softmax(scale · q kᵀ) v under the plan, into `output` \[rows, heads × head_dim\].
 ///
 /// # Panics
 ///

@@ -138,6 +138,9 @@ pub enum ModelError {
     /// The batch cannot be folded.
     #[error(transparent)]
     Fold(#[from] FoldError),
+    /// An operation on tensors refuses what it gets, or fails.
+    #[error(transparent)]
+    Kernel(#[from] radix_mlp_kernels::KernelError),
     /// An operation of candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

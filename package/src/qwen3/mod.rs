@@ -32,8 +32,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! The device is chosen in one place, `Qwen3Model::run`, and what attends to what in another,
-//! `AttentionPlan`: a forward pass for CUDA is a third function beside `cpu` and `portable`.
+//! There are two forward passes: `cpu` for f32 on the CPU, and `portable`, in tensor operations, for every device and
+//! dtype. `Qwen3Model::forward` chooses.
 
 mod attention;
 mod config;

@@ -98,29 +98,10 @@ impl Qwen3Model {
         level: FoldLevel,
     ) -> Result<HiddenStates<'f>, ModelError> {
         self.check(fold)?;
-        let compact = Rows {
-            input_ids: &fold.input_ids()[..fold.num_nodes()],
-            position_ids: &fold.position_ids()[..fold.num_nodes()],
-        };
-        let plan = AttentionPlan::new(fold, level);
-        let states = match level {
-            FoldLevel::None => {
-                let input_ids = fold.unfold(fold.input_ids(), 1)?;
-                let position_ids = fold.unfold(fold.position_ids(), 1)?;
-                let original = Rows {
-                    input_ids: &input_ids,
-                    position_ids: &position_ids,
-                };
-                self.run(original, &plan, None)?
-            }
-            FoldLevel::Mlp => {
-                let expansion = Expansion {
-                    scatter_indices: fold.scatter_indices(),
-                    fold_gather: &fold.fold_gather()[..fold.num_nodes()],
-                };
-                self.run(compact, &plan, Some(expansion))?
-            }
-            FoldLevel::Full => self.run(compact, &plan, None)?,
+        let embedding = &self.weights.embedding;
+        let states = match embedding.device().is_cpu() && embedding.dtype() == DType::F32 {
+            true => self.forward_f32_on_cpu(fold, level)?,
+            false => portable::forward(&self.config, &self.weights, fold, level)?,
         };
         Ok(HiddenStates {
             fold,
@@ -129,18 +110,33 @@ impl Qwen3Model {
         })
     }
 
-    fn run(
-        &self,
-        rows: Rows<'_>,
-        plan: &AttentionPlan,
-        expansion: Option<Expansion<'_>>,
-    ) -> candle_core::Result<Tensor> {
-        let embedding = &self.weights.embedding;
-        let forward = match embedding.device().is_cpu() && embedding.dtype() == DType::F32 {
-            true => cpu::forward,
-            false => portable::forward,
+    fn forward_f32_on_cpu(&self, fold: &Fold, level: FoldLevel) -> Result<Tensor, ModelError> {
+        let compact = Rows {
+            input_ids: &fold.input_ids()[..fold.num_nodes()],
+            position_ids: &fold.position_ids()[..fold.num_nodes()],
         };
-        forward(&self.config, &self.weights, rows, plan, expansion)
+        let plan = AttentionPlan::new(fold, level);
+        let run =
+            |rows, expansion| cpu::forward(&self.config, &self.weights, rows, &plan, expansion);
+        Ok(match level {
+            FoldLevel::None => {
+                let input_ids = fold.unfold(fold.input_ids(), 1)?;
+                let position_ids = fold.unfold(fold.position_ids(), 1)?;
+                let original = Rows {
+                    input_ids: &input_ids,
+                    position_ids: &position_ids,
+                };
+                run(original, None)?
+            }
+            FoldLevel::Mlp => {
+                let expansion = Expansion {
+                    scatter_indices: fold.scatter_indices(),
+                    fold_gather: &fold.fold_gather()[..fold.num_nodes()],
+                };
+                run(compact, Some(expansion))?
+            }
+            FoldLevel::Full => run(compact, None)?,
+        })
     }
 
     fn check(&self, fold: &Fold) -> Result<(), ModelError> {
@@ -163,10 +159,14 @@ impl Qwen3Model {
         }
     }
 
-    /// The cheaper of `None` and `Full` for this batch, by costs measured on a CPU; `None` where
-    /// they are equal.
+    /// The cheaper of `None` and `Full` for this batch; `None` where they are equal. On the CPU by costs measured there. On
+    /// other devices `Full` wherever anything is shared: both run the same kernels, over fewer rows.
     pub fn choose_level(&self, fold: &Fold) -> FoldLevel {
-        cost::choose_level(&self.config, fold)
+        match self.weights.embedding.device() {
+            Device::Cpu => cost::choose_level(&self.config, fold),
+            _ if fold.num_nodes() < fold.num_tokens() => FoldLevel::Full,
+            _ => FoldLevel::None,
+        }
     }
 
     /// Whether it has an LM head, its own or its embeddings.

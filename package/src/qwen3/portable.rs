@@ -1,78 +1,199 @@
-//! The forward pass in candle's operations, for every dtype: slower than [`super::cpu`], and what
-//! that is tested against.
+//! The forward pass in operations of candle and of `radix_mlp_kernels`, for every device and dtype: what CUDA runs, and
+//! half precision on the CPU. Nothing comes back to the host between the layers.
 
-use candle_core::{Result, Tensor};
-use candle_nn::ops::{rms_norm, swiglu};
+use std::borrow::Cow;
 
-use super::attention::{AttentionPlan, attend_tensors};
+use candle_core::{Device, Result, Tensor};
+use radix_mlp_kernels::{
+    BlockLists, Ids, KEY_BLOCK, TreeMask, add_rms_norm, gather, index_select, norm_rope,
+    query_block, swiglu, tree_attention,
+};
+
 use super::config::Qwen3Config;
+use super::error::ModelError;
+use super::model::FoldLevel;
 use super::rope::RopeTable;
 use super::weights::{LayerWeights, Linear, Weights};
-use super::{Expansion, Rows};
+use crate::block_mask::{BlockMask, Csr};
+use crate::{Fold, FoldError, Layout};
 
-/// Hidden states after the last norm, \[rows, hidden\], in the dtype of the weights.
+/// Hidden states after the last norm, in the dtype of the weights: \[N', hidden\] in the order of the fold's rows, or
+/// \[N, hidden\] at [`FoldLevel::None`].
 pub(super) fn forward(
     config: &Qwen3Config,
     weights: &Weights,
-    rows: Rows<'_>,
-    plan: &AttentionPlan,
-    expansion: Option<Expansion<'_>>,
-) -> Result<Tensor> {
+    fold: &Fold,
+    level: FoldLevel,
+) -> std::result::Result<Tensor, ModelError> {
     let (device, dtype) = (weights.embedding.device(), weights.embedding.dtype());
-    let (cos, sin) = RopeTable::new(config, rows.position_ids).into_parts();
-    let table = |values: Vec<f32>| {
-        let shape = (rows.position_ids.len(), config.head_dim / 2);
-        Tensor::from_vec(values, shape, device)?.to_dtype(dtype)
-    };
-    let rope = (table(cos)?, table(sin)?);
-    let gather = |indices: &[u32]| Tensor::new(indices, device);
-    let expansion = match expansion {
-        Some(maps) => Some((gather(maps.scatter_indices)?, gather(maps.fold_gather)?)),
-        None => None,
-    };
-    let mut states = weights
-        .embedding
-        .index_select(&gather(rows.input_ids)?, 0)?;
-    for layer in &weights.layers {
-        let attended = attention(config, layer, &states, &rope, plan, expansion.as_ref())?;
-        states = (states + linear(&attended, &layer.output)?)?;
-        let normed = norm(config, &states, &layer.mlp_norm)?;
-        let activated = swiglu(&linear(&normed, &layer.gate_up)?)?;
-        states = (states + linear(&activated, &layer.down)?)?;
+    if fold.num_tokens() == 0 {
+        // CUDA has no tensors of nothing.
+        return Ok(Tensor::zeros((0, config.hidden_size), dtype, &Device::Cpu)?);
     }
-    norm(config, &states, &weights.norm)
+    let batch = Batch::new(config, fold, level, device)?;
+    let mut states = index_select(&weights.embedding, &batch.input_ids)?;
+    // What the last block adds to the states, which the next norm does.
+    let mut added = None;
+    for layer in &weights.layers {
+        let eps = config.rms_norm_eps as f32;
+        let (sum, normed) = add_rms_norm(&states, added.as_ref(), &layer.input_norm, eps)?;
+        let attended = attention(config, layer, &normed, &batch)?;
+        let (sum, normed) = add_rms_norm(&sum, Some(&attended), &layer.mlp_norm, eps)?;
+        let activated = swiglu(&linear(&normed, &layer.gate_up)?)?;
+        added = Some(linear(&activated, &layer.down)?);
+        states = sum;
+    }
+    let eps = config.rms_norm_eps as f32;
+    let (_, normed) = add_rms_norm(&states, added.as_ref(), &weights.norm, eps)?;
+    match &batch.rows_of_fold {
+        Some(rows) => Ok(index_select(&normed, rows)?),
+        None => Ok(normed),
+    }
 }
 
-/// \[rows, heads × head_dim\]
+/// What a batch is on the device: the same for all layers.
+struct Batch {
+    input_ids: Ids,
+    /// Cosines and sines, f32 \[rows, head_dim / 2\].
+    angles: [Tensor; 2],
+    mask: TreeMask,
+    /// From compact to original space and back, at [`FoldLevel::Mlp`].
+    expansion: Option<[Ids; 2]>,
+    /// Where the fold's rows are, if rows stand in another order.
+    rows_of_fold: Option<Ids>,
+}
+
+impl Batch {
+    fn new(
+        config: &Qwen3Config,
+        fold: &Fold,
+        level: FoldLevel,
+        device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
+        let (nodes, tokens) = (fold.num_nodes(), fold.num_tokens());
+        let tree = depth_first(fold, level)?;
+        let order = tree.order.as_deref();
+        let in_order = |values: &[u32]| match order {
+            Some(order) => order.iter().map(|&row| values[row as usize]).collect(),
+            None => values[..nodes].to_vec(),
+        };
+        let [ids, positions] = match level {
+            FoldLevel::None => [
+                fold.unfold(fold.input_ids(), 1)?,
+                fold.unfold(fold.position_ids(), 1)?,
+            ],
+            FoldLevel::Mlp | FoldLevel::Full => {
+                [fold.input_ids(), fold.position_ids()].map(in_order)
+            }
+        };
+        let expansion = match level {
+            FoldLevel::Mlp => Some([
+                Ids::new(fold.scatter_indices(), nodes, device)?,
+                Ids::new(&fold.fold_gather()[..nodes], tokens, device)?,
+            ]),
+            FoldLevel::None | FoldLevel::Full => None,
+        };
+        let rows_of_fold = order.map(|order| Ids::new(&inverse(order), nodes, device));
+        let (cos, sin) = RopeTable::new(config, &positions).into_parts();
+        let table =
+            |values| Tensor::from_vec(values, (positions.len(), config.head_dim / 2), device);
+        Ok(Self {
+            input_ids: Ids::new(&ids, config.vocab_size, device)?,
+            angles: [table(cos)?, table(sin)?],
+            mask: mask(config, &tree.subtree_end, device)?,
+            expansion,
+            rows_of_fold: rows_of_fold.transpose()?,
+        })
+    }
+}
+
+/// The rows that attend to each other, as tree attention takes them.
+struct Tree<'f> {
+    subtree_end: Cow<'f, [u32]>,
+    /// The fold's rows in this order, where it is another one.
+    order: Option<Vec<u32>>,
+}
+
+/// Below [`FoldLevel::Full`] each sequence attends to itself, and is a tree without branches.
+fn depth_first(fold: &Fold, level: FoldLevel) -> std::result::Result<Tree<'_>, FoldError> {
+    if level != FoldLevel::Full {
+        let ends = fold.cu_seq_lengths().windows(2);
+        let subtree_end = ends
+            .flat_map(|ends| std::iter::repeat_n(ends[1], (ends[1] - ends[0]) as usize))
+            .collect();
+        return Ok(Tree {
+            subtree_end: Cow::Owned(subtree_end),
+            order: None,
+        });
+    }
+    if let Some(subtree_end) = fold.subtree_end() {
+        return Ok(Tree {
+            subtree_end: Cow::Borrowed(&subtree_end[..fold.num_nodes()]),
+            order: None,
+        });
+    }
+    // A row stands for the whole path to it: rows in place of tokens give the same trie, without positions and salts.
+    let positions = vec![0; fold.num_tokens()];
+    let ordered = Fold::builder(fold.scatter_indices(), &positions, fold.cu_seq_lengths())
+        .layout(Layout::DepthFirst)
+        .build()?;
+    Ok(Tree {
+        subtree_end: Cow::Owned(ordered.subtree_end().unwrap_or_default().to_vec()),
+        order: Some(ordered.input_ids().to_vec()),
+    })
+}
+
+/// Where each row is in a permutation.
+fn inverse(order: &[u32]) -> Vec<u32> {
+    let mut places = vec![0; order.len()];
+    for (place, &row) in (0..).zip(order) {
+        places[row as usize] = place;
+    }
+    places
+}
+
+fn mask(
+    config: &Qwen3Config,
+    subtree_end: &[u32],
+    device: &Device,
+) -> std::result::Result<TreeMask, ModelError> {
+    let group = config.num_attention_heads / config.num_key_value_heads;
+    let blocks = BlockMask::new(subtree_end, query_block(group), KEY_BLOCK)?;
+    let offsets = |lists: &Csr| lists.offsets.iter().map(|&at| at as u32).collect();
+    let lists = BlockLists {
+        full_offsets: offsets(blocks.full()),
+        full: blocks.full().indices.clone(),
+        partial_offsets: offsets(blocks.partial()),
+        partial: blocks.partial().indices.clone(),
+    };
+    Ok(TreeMask::new(subtree_end, &lists, group, None, device)?)
+}
+
+/// What attention adds to the states, \[rows, hidden\], of normed states.
 fn attention(
     config: &Qwen3Config,
     layer: &LayerWeights,
-    states: &Tensor,
-    rope: &(Tensor, Tensor),
-    plan: &AttentionPlan,
-    expansion: Option<&(Tensor, Tensor)>,
+    normed: &Tensor,
+    batch: &Batch,
 ) -> Result<Tensor> {
     let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-    let qkv = linear(&norm(config, states, &layer.input_norm)?, &layer.qkv)?;
+    let qkv = linear(normed, &layer.qkv)?;
     let qkv = qkv.reshape(((), heads + 2 * kv_heads, config.head_dim))?;
-    let part = |start, len| qkv.narrow(1, start, len)?.contiguous();
-    let q = rotate(&norm(config, &part(0, heads)?, &layer.q_norm)?, rope)?;
-    let k = rotate(&norm(config, &part(heads, kv_heads)?, &layer.k_norm)?, rope)?;
-    let v = part(heads + kv_heads, kv_heads)?;
+    let weights = [&layer.q_norm, &layer.k_norm];
+    let angles = batch.angles.each_ref();
+    let eps = config.rms_norm_eps as f32;
+    let mut qk = norm_rope(&qkv, weights, angles, [heads, kv_heads], eps)?;
+    let mut v = qkv.narrow(1, heads + kv_heads, kv_heads)?;
+    if let Some([scatter, _]) = &batch.expansion {
+        [qk, v] = gather([&qk, &v], scatter)?;
+    }
+    let (q, k) = (qk.narrow(1, 0, heads)?, qk.narrow(1, heads, kv_heads)?);
     let scale = (config.head_dim as f32).sqrt().recip();
-    let attended = match expansion {
-        None => attend_tensors([&q, &k, &v], plan, scale)?,
-        Some((scatter, gather)) => {
-            let expand = |rows: &Tensor| rows.index_select(scatter, 0);
-            let (q, k, v) = (expand(&q)?, expand(&k)?, expand(&v)?);
-            attend_tensors([&q, &k, &v], plan, scale)?.index_select(gather, 0)?
-        }
-    };
-    attended.flatten_from(1)
-}
-
-fn norm(config: &Qwen3Config, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    rms_norm(x, weight, config.rms_norm_eps as f32)
+    let mut attended = tree_attention(&q, &k, &v, &batch.mask, scale, None)?;
+    if let Some([_, gather]) = &batch.expansion {
+        attended = index_select(&attended, gather)?;
+    }
+    linear(&attended.flatten_from(1)?, &layer.output)
 }
 
 fn linear(x: &Tensor, layer: &Linear) -> Result<Tensor> {
@@ -81,11 +202,4 @@ fn linear(x: &Tensor, layer: &Linear) -> Result<Tensor> {
         Some(bias) => product.broadcast_add(bias),
         None => Ok(product),
     }
-}
-
-/// RoPE of \[rows, heads, head_dim\] by tables \[rows, head_dim / 2\].
-fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
-    let x = x.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
-    let rotated = candle_nn::rotary_emb::rope(&x, cos, sin)?;
-    rotated.squeeze(0)?.transpose(0, 1)?.contiguous()
 }

@@ -1,6 +1,7 @@
 //! What embedding and reranking share: a model, a tokenizer, and batches in which prefixes meet.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anyhow::Context;
 use candle_core::{DType, Device};
@@ -17,12 +18,12 @@ pub struct ModelArgs {
     #[arg(long, short, value_name = "DIR", env = "RADIX_MLP_MODEL")]
     pub model: PathBuf,
 
-    /// Number type of weights and activations
-    #[arg(long, value_enum, default_value_t = Dtype::F32, env = "RADIX_MLP_DTYPE")]
-    pub dtype: Dtype,
+    /// Number type of weights and activations [default: f32 on the CPU, bf16 on CUDA]
+    #[arg(long, value_enum, env = "RADIX_MLP_DTYPE")]
+    dtype: Option<Dtype>,
 
-    /// Where the model runs
-    #[arg(long, value_enum, default_value_t = DeviceChoice::Cpu, env = "RADIX_MLP_DEVICE")]
+    /// Where the model runs: cpu, cuda, or cuda:N for the GPU of that number
+    #[arg(long, default_value = "cpu", env = "RADIX_MLP_DEVICE")]
     pub device: DeviceChoice,
 
     /// Threads to compute with [default: all cores]
@@ -67,9 +68,44 @@ pub enum Dtype {
     F16,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
     Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refused = || format!("must be cpu, cuda or cuda:N, got {text:?}");
+        match (text, text.strip_prefix("cuda:")) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(number)) => number.parse().map(Self::Cuda).map_err(|_| refused()),
+            _ => Err(refused()),
+        }
+    }
+}
+
+impl DeviceChoice {
+    fn open(self) -> anyhow::Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => anyhow::bail!(
+                "this radix-mlp was built without CUDA; build it with `--features cuda` to use --device cuda"
+            ),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(number) => {
+                let device = Device::new_cuda_with_stream(number)
+                    .with_context(|| format!("cannot open GPU {number}"))?;
+                // SAFETY: all that runs on the device runs on this one stream.
+                unsafe { device.as_cuda_device()?.disable_event_tracking() };
+                Ok(device)
+            }
+        }
+    }
 }
 
 pub fn positive(text: &str) -> Result<usize, String> {
@@ -101,20 +137,29 @@ impl Dtype {
 }
 
 impl ModelArgs {
+    pub fn dtype(&self) -> Dtype {
+        let usual = match self.device {
+            DeviceChoice::Cpu => Dtype::F32,
+            DeviceChoice::Cuda(_) => Dtype::Bf16,
+        };
+        self.dtype.unwrap_or(usual)
+    }
+
     pub fn load(&self) -> anyhow::Result<(Qwen3Model, TextEncoder)> {
         if let Some(threads) = self.threads {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .build_global()?;
         }
-        let device = match self.device {
-            DeviceChoice::Cpu => Device::Cpu,
-        };
-        let dtype = match self.dtype {
+        let dtype = match self.dtype() {
+            Dtype::F32 if self.device != DeviceChoice::Cpu => {
+                anyhow::bail!("--dtype f32 runs on the CPU only; CUDA takes bf16 and f16")
+            }
             Dtype::F32 => DType::F32,
             Dtype::Bf16 => DType::BF16,
             Dtype::F16 => DType::F16,
         };
+        let device = self.device.open()?;
         let encoder = TextEncoder::from_file(&self.model.join("tokenizer.json"))?;
         let model = Qwen3Model::load(&self.model, Some(dtype), &device)?;
         Ok((model, encoder))

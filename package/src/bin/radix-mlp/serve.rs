@@ -232,7 +232,7 @@ impl Args {
         let name = directory.file_name().unwrap_or(directory.as_os_str());
         api::Info {
             model_id: name.to_string_lossy().into_owned(),
-            model_dtype: self.model.dtype.name(),
+            model_dtype: self.model.dtype().name(),
             model_type: api::ModelType {
                 embedding: api::EmbeddingModel {
                     pooling: model::pooling_name(model.pooling),
