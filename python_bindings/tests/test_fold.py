@@ -1,6 +1,7 @@
 """The fold over NumPy arrays and lists, against the naive fold."""
 
 import gc
+import re
 import threading
 from typing import Any
 
@@ -247,6 +248,19 @@ def test_from_padded_broadcasts_positions_and_takes_bool_masks() -> None:
 def test_from_padded_errors(ids: Any, mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fold.from_padded(ids, mask)
+
+
+@pytest.mark.parametrize("mask", [np.ones((1, 2)), np.full((1, 2), 0.5, np.float32), [[1, 0.0]], [["1", "0"]]])
+def test_from_padded_takes_no_mask_of_floats(mask: Any) -> None:
+    with pytest.raises(TypeError, match=r"attention_mask must hold integers or booleans, got dtype \S+ with (1|0\.5)"):
+        Fold.from_padded([[1, 2]], mask)
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2], [[0], [1], [2]], [[[0, 1]], [[0, 1]]]])
+def test_from_padded_names_the_shape_of_positions(positions: Any) -> None:
+    shape = re.escape(str(np.shape(positions)))
+    with pytest.raises(ValueError, match=rf"position_ids must broadcast to \(2, 2\).*input_ids, got {shape}"):
+        Fold.from_padded([[1, 2], [1, 3]], np.ones((2, 2), int), positions)
 
 
 @given(batches())

@@ -198,6 +198,14 @@ def test_nothing_to_predict_is_zero() -> None:
         ({"sequence_weights": torch.ones(2)}, r"sequence_weights must be \[7\], got shape \(2,\)"),
         ({"weights": torch.ones(19, requires_grad=True)}, "weights must not require gradients"),
         ({"reduction": "none"}, "reduction must be 'mean' or 'sum', got 'none'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in 0..=1, got 1\.5"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be in 0..=1, got -0\.1"),
+        ({"z_loss": -1e-3}, r"z_loss must not be negative, got -0\.001"),
+        ({"lm_head": torch.zeros(VOCABULARY, HIDDEN, device="meta")}, "head's weight is on meta, but hidden is on cpu"),
+        (
+            {"lm_head": Head(torch.zeros(VOCABULARY, HIDDEN), torch.zeros(VOCABULARY, device="meta"))},
+            "head's bias is on meta, but hidden is on cpu",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(change: Options, message: str) -> None:
@@ -205,3 +213,25 @@ def test_errors_name_what_is_wrong(change: Options, message: str) -> None:
     call: Options = {"hidden": torch.zeros(fold.num_rows, HIDDEN), "lm_head": torch.zeros(VOCABULARY, HIDDEN)}
     with pytest.raises(ValueError, match=message):
         cross_entropy(fold=fold, **{**call, "labels": labels, **change})
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(19), torch.full((19,), 3.5)])
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+def test_labels_are_integers(function: Any, labels: Tensor) -> None:
+    fold, _ = packed(SEQUENCES, "depth_first")
+    with pytest.raises(TypeError, match=rf"labels must hold integers, got torch.float32 with {labels[0]}"):
+        function(torch.zeros(fold.num_rows, HIDDEN), torch.zeros(VOCABULARY, HIDDEN), fold, labels)
+
+
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+def test_backward_has_the_logits_of_an_autocast_forward(function: Any) -> None:
+    """The backward pass runs outside autocast, as torch advises: logits that it makes again are bfloat16 still."""
+    fold, labels = packed([[1, 2, 3, 4, 5, 6, 7, 8]], "depth_first")
+    hidden, head, leaves = draw(fold, torch.float32, "plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(hidden, head, fold, labels).sum()
+        every = functional.cross_entropy(logits_of(hidden, head).float(), labels, reduction="sum")
+    expected = every / (len(labels) - 1) if function is cross_entropy else -every
+    gradients = [torch.autograd.grad(value, leaves) for value in (found, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert_close(mine, theirs)

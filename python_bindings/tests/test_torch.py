@@ -117,6 +117,16 @@ def test_fold_and_unfold_tensors_and_their_gradients(device: str) -> None:
         fold.unfold(torch.tensor(1.0))
 
 
+def test_from_padded_takes_tensors_of_one_device_and_integer_masks() -> None:
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask must be on the same device as input_ids, got meta and cpu"):
+        Fold.from_padded(ids, ids.to("meta"))
+    with pytest.raises(TypeError, match=r"attention_mask must hold integers, got torch.float32 with 1\.0"):
+        Fold.from_padded(ids, ids.float())
+    with pytest.raises(ValueError, match="attention_mask must hold 0 and 1, got 2"):
+        Fold.from_padded(ids, ids * 2)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_from_padded_and_from_sequences_take_tensors(device: str) -> None:
     ids = torch.tensor([[0, 1, 2], [1, 2, 3]], device=device)

@@ -129,6 +129,9 @@ class Fold(_core.Fold):
         Each row's tokens where the mask is 1 are one sequence, padded on whichever side; original
         space is `values[attention_mask.astype(bool)]`. `position_ids`, broadcast to the same shape,
         count each row's tokens from 0 where they are not given.
+
+        Raises ValueError for shapes or devices that differ and for values that are no mask or no ids, TypeError for
+        what are not integers.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         if position_ids is not None:
@@ -141,13 +144,17 @@ class Fold(_core.Fold):
                 f"got {ids.shape} and {mask.shape}"
             )
         kept = mask.astype(bool)
+        if mask.size and mask.dtype.kind not in "biu":
+            raise TypeError(
+                f"attention_mask must hold integers or booleans, got dtype {mask.dtype} with {mask.flat[0]}"
+            )
         if mask.dtype != bool and (stray := mask[mask != kept]).size:
             raise ValueError(f"attention_mask must hold 0 and 1, got {stray[0]}")
         offsets = _offsets(np.count_nonzero(kept, axis=1))
         if position_ids is None:
             positions = _counted(offsets)
         else:
-            positions = np.broadcast_to(host["position_ids"], ids.shape)[kept]
+            positions = _broadcast("position_ids", host["position_ids"], ids.shape)[kept]
         return cls(
             ids.ravel() if kept.all() else ids[kept],
             positions,
@@ -248,6 +255,13 @@ def _counted(offsets: NDArray[np.int64]) -> UInt32:
     counted = np.arange(offsets[-1], dtype=np.uint32)
     counted -= np.repeat(offsets[:-1].astype(np.uint32), np.diff(offsets))
     return counted
+
+
+def _broadcast(name: str, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return np.broadcast_to(values, shape)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to {shape}, the shape of input_ids, got {values.shape}") from None
 
 
 def _first_ids(ids: list[int]) -> str:

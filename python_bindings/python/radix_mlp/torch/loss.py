@@ -66,8 +66,13 @@ def cross_entropy(
     of each logsumexp (PaLM, arXiv 2204.02311).
 
     Gradients for `hidden` and the head's weight and bias are made with the loss, chunk by chunk, as in Liger-Kernel
-    (arXiv 2410.10989). Raises ValueError for shapes or labels that do not go together.
+    (arXiv 2410.10989). Raises ValueError for shapes, devices, labels or options that do not go together, TypeError for
+    labels that are not integers.
     """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in 0..=1, got {label_smoothing}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
     head = lm_head if isinstance(lm_head, Head) else None if lm_head is None else Head(lm_head)
     pairs = _pairs(hidden, head, fold, labels, ignore_index)
     weight = torch.ones(len(pairs.tokens), dtype=_precision(hidden), device=hidden.device)
@@ -142,6 +147,9 @@ def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore
         raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
         raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
+    for name, parameter in (("head's weight", head and head.weight), ("head's bias", head and head.bias)):
+        if parameter is not None and parameter.device != hidden.device:
+            raise ValueError(f"the {name} is on {parameter.device}, but hidden is on {hidden.device}")
     if labels.shape != (fold.num_tokens,):
         raise ValueError(f"labels must be [{fold.num_tokens}], got shape {tuple(labels.shape)}")
     host = to_host({"labels": labels})["labels"]
@@ -318,22 +326,29 @@ class _LogProbs(torch.autograd.Function):
             place = pairs.places[own] - rows.start
             result[own] = logits[place, pairs.labels[own]] - logsumexp(logits)[place]
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.head, ctx.pairs = head, pairs
+        ctx.head, ctx.pairs, device = head, pairs, hidden.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         return result
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # The logits of the forward pass: it may have rounded them where the backward pass, by itself, would not.
+        with torch.autocast(*ctx.autocast):
+            return _LogProbs._backward(ctx, upstream[0])
+
+    @staticmethod
+    def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         head, pairs = ctx.head, ctx.pairs
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
         vocabulary = hidden.shape[1] if head is None else len(head.weight)
-        equal_weight = pairs.summed(upstream[0])
+        equal_weight = pairs.summed(upstream)
         for rows, own in _chunks(pairs, vocabulary):
             states = hidden[pairs.rows[rows]]
             logits, slope = _logits(states, head)
             lse = logsumexp(logits)
             place, label = pairs.places[own] - rows.start, pairs.labels[own]
-            factor = -torch.zeros_like(lse).index_add_(0, place, upstream[0][own])
+            factor = -torch.zeros_like(lse).index_add_(0, place, upstream[own])
             shift = torch.zeros_like(lse)
             gradient = _softmax_gradient(logits, lse, factor, shift, place, label, equal_weight[own])
             gradients.add(pairs.rows[rows], states, gradient, slope)
