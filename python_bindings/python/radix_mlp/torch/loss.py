@@ -147,9 +147,9 @@ def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore
         raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
         raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
-    for name, parameter in (("head's weight", head and head.weight), ("head's bias", head and head.bias)):
+    for name, parameter in () if head is None else (("weight", head.weight), ("bias", head.bias)):
         if parameter is not None and parameter.device != hidden.device:
-            raise ValueError(f"the {name} is on {parameter.device}, but hidden is on {hidden.device}")
+            raise ValueError(f"the head's {name} is on {parameter.device}, but hidden is on {hidden.device}")
     if labels.shape != (fold.num_tokens,):
         raise ValueError(f"labels must be [{fold.num_tokens}], got shape {tuple(labels.shape)}")
     host = to_host({"labels": labels})["labels"]
