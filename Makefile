@@ -7,7 +7,7 @@ FEATURES := --features radix_mlp/server
 # nextest where it is installed, plain `cargo test` elsewhere.
 RUST_TESTS := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test --tests --bins --lib)
 
-.PHONY: demo test lint rust-test doc python-test python bench bench-gpu fuzz clean
+.PHONY: demo test lint rust-test doc python-test python cuda-bundle bench bench-gpu fuzz clean
 
 demo:
 	cargo run --release --quiet -p radix_mlp --features cli -- demo
@@ -28,7 +28,7 @@ rust-test: $(VENV)/installed
 	cargo test --quiet --doc --workspace $(FEATURES)
 
 doc:
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p radix_mlp $(FEATURES)
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p radix_mlp -p radix_mlp_kernels $(FEATURES)
 
 python-test: python
 	$(BIN)/python -m pytest
@@ -42,6 +42,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --group dev
 	touch $@
+
+# The command, the tests and the benchmarks that need a GPU, for a machine that has one; this one needs none.
+cuda-bundle:
+	python3 kernels/bundle.py target/cuda target/cuda-bundle
 
 # Minutes of measuring on an idle machine; rewrites the JSON results and plots in benchmark/.
 bench: python

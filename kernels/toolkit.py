@@ -42,7 +42,15 @@ def main() -> None:
 
 def install(folder: Path) -> None:
     print("Installing a CUDA toolkit from PyPI: 700 MB, once.", file=sys.stderr)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--root-user-action=ignore",
+    ]
     subprocess.run([*pip, "--no-deps", "--upgrade", "--target", str(folder), *WHEELS], check=True)
 
 
@@ -68,7 +76,17 @@ def make_driver_stub(home: Path) -> None:
         source = Path(scratch) / "cuda.c"
         source.write_text("".join(f"void {function}(void) {{}}\n" for function in functions))
         library = stubs / "libcuda.so"
-        command = ["cc", "-shared", "-fPIC", "-w", "-fno-builtin", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+        command = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-w",
+            "-fno-builtin",
+            "-Wl,-soname,libcuda.so.1",
+            "-o",
+            str(library),
+            str(source),
+        ]
         subprocess.run(command, check=True)
 
 

@@ -95,12 +95,12 @@ def cut(batch: Batch, quick: bool) -> Batch:
 
 
 class Rust:
-    """The example `cpu_forward` of the Rust package, which times on request."""
+    """The example `forward` of the Rust package, which times on request."""
 
     def __init__(self, model: Path, inputs: Path) -> None:
-        build = ["cargo", "build", "--release", "-p", "radix_mlp", "--features", "candle", "--example", "cpu_forward"]
+        build = ["cargo", "build", "--release", "-p", "radix_mlp", "--features", "candle", "--example", "forward"]
         subprocess.run(build, cwd=ROOT, check=True)
-        command = [ROOT / "target" / "release" / "examples" / "cpu_forward", model, inputs]
+        command = [ROOT / "target" / "release" / "examples" / "forward", model, inputs]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, name: str, level: str) -> dict[str, Any]:

@@ -22,5 +22,5 @@ pub use ids::Ids;
 pub use layer::{add_rms_norm, norm_rope, swiglu};
 pub use rows::{gather, index_select};
 pub use tree_attention::{
-    BlockLists, KEY_BLOCK, TreeMask, query_block, tree_attention, tree_attention_with_lse,
+    KEY_BLOCK, Lists, TreeMask, query_block, tree_attention, tree_attention_with_lse,
 };

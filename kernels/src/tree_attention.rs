@@ -15,18 +15,14 @@ pub fn query_block(group: usize) -> usize {
     TILE / group.clamp(1, TILE)
 }
 
-/// Which key blocks each query block sees whole and which in part: `radix_mlp::BlockMask`, for blocks of
-/// [`query_block`] by [`KEY_BLOCK`] rows. List `b` is `indices[offsets[b]..offsets[b + 1]]`.
-#[derive(Clone, Debug, Default)]
-pub struct BlockLists {
+/// Key blocks for each query block, for blocks of [`query_block`] by [`KEY_BLOCK`] rows: list `b` is
+/// `blocks[offsets[b]..offsets[b + 1]]`. What `radix_mlp::BlockMask` has.
+#[derive(Clone, Copy, Debug)]
+pub struct Lists<'a> {
     /// \[query blocks + 1\].
-    pub full_offsets: Vec<u32>,
-    /// Blocks all of whose keys each of the query block's rows sees.
-    pub full: Vec<u32>,
-    /// \[query blocks + 1\].
-    pub partial_offsets: Vec<u32>,
-    /// Blocks of which some row sees some key.
-    pub partial: Vec<u32>,
+    pub offsets: &'a [usize],
+    /// The lists, one after another.
+    pub blocks: &'a [u32],
 }
 
 /// What attention needs to know of a batch: row q sees row k if and only if `k <= q < subtree_end[k]` and, with a window,
@@ -40,20 +36,21 @@ pub struct TreeMask {
     pub(crate) subtree_end: Tensor,
     /// \[rows\], u32; read with a window only.
     pub(crate) depth: Tensor,
-    /// Those of [`BlockLists`], u32.
+    /// Offsets and blocks of the lists of blocks that are seen whole, then in part, u32.
     pub(crate) lists: [Tensor; 4],
 }
 
 impl TreeMask {
     /// A mask on `device` for `group` query heads to a key head, from a fold in depth-first layout: its `subtree_end`
-    /// \[rows\], its block lists and, with a window, the depths of its rows \[rows\].
+    /// \[rows\], the lists of blocks all of whose keys each of a query block's rows sees, the lists of those of which some
+    /// row sees some key and, with a window, its size and the depths of the rows \[rows\].
     ///
     /// # Errors
     ///
     /// [`KernelError::Mask`] for what are not lists of the blocks of so many rows.
     pub fn new(
         subtree_end: &[u32],
-        lists: &BlockLists,
+        [full, partial]: [Lists<'_>; 2],
         group: usize,
         window: Option<(u32, &[u32])>,
         device: &Device,
@@ -64,16 +61,10 @@ impl TreeMask {
                 "group must be in 1..={TILE}, got {group}"
             )));
         }
-        let tiles = rows.div_ceil(query_block(group));
-        let blocks = rows.div_ceil(KEY_BLOCK);
-        check("full", &lists.full_offsets, &lists.full, tiles, blocks)?;
-        check(
-            "partial",
-            &lists.partial_offsets,
-            &lists.partial,
-            tiles,
-            blocks,
-        )?;
+        let offsets = [
+            checked("full", full, rows, group)?,
+            checked("partial", partial, rows, group)?,
+        ];
         if let Some((size, depth)) = window
             && (size == 0 || depth.len() != rows)
         {
@@ -87,12 +78,6 @@ impl TreeMask {
             [] => Tensor::zeros(1, DType::U32, device),
             _ => Tensor::from_slice(values, values.len(), device),
         };
-        let BlockLists {
-            full_offsets,
-            full,
-            partial_offsets,
-            partial,
-        } = lists;
         Ok(Self {
             rows,
             group,
@@ -100,42 +85,45 @@ impl TreeMask {
             subtree_end: tensor(subtree_end)?,
             depth: tensor(window.map_or(&[], |(_, depth)| depth))?,
             lists: [
-                tensor(full_offsets)?,
-                tensor(full)?,
-                tensor(partial_offsets)?,
-                tensor(partial)?,
+                tensor(&offsets[0])?,
+                tensor(full.blocks)?,
+                tensor(&offsets[1])?,
+                tensor(partial.blocks)?,
             ],
         })
     }
 }
 
-fn check(
+/// The offsets, as the kernels read them.
+fn checked(
     name: &str,
-    offsets: &[u32],
-    indices: &[u32],
-    tiles: usize,
-    blocks: usize,
-) -> Result<(), KernelError> {
-    let ends = (
-        offsets.first().copied(),
-        offsets.last().map(|&end| end as usize),
-    );
-    if offsets.len() != tiles + 1 || ends != (Some(0), Some(indices.len())) || !offsets.is_sorted()
-    {
+    lists: Lists<'_>,
+    rows: usize,
+    group: usize,
+) -> Result<Vec<u32>, KernelError> {
+    let Lists { offsets, blocks } = lists;
+    let tiles = rows.div_ceil(query_block(group));
+    let ends = (offsets.first().copied(), offsets.last().copied());
+    if offsets.len() != tiles + 1 || ends != (Some(0), Some(blocks.len())) || !offsets.is_sorted() {
         let lists = offsets.len().saturating_sub(1);
+        let count = blocks.len();
         let message = format!(
-            "{name} must be {tiles} lists of {} blocks, got {lists} with ends {ends:?}",
-            indices.len()
+            "{name} must be {tiles} lists of {count} blocks, got {lists} with ends {ends:?}"
         );
         return Err(KernelError::Mask(message));
     }
-    match indices.iter().position(|&block| block as usize >= blocks) {
-        Some(at) => Err(KernelError::Mask(format!(
-            "{name}[{at}] is block {}, of {blocks}",
-            indices[at]
-        ))),
-        None => Ok(()),
+    let key_blocks = rows.div_ceil(KEY_BLOCK);
+    if let Some(at) = blocks
+        .iter()
+        .position(|&block| block as usize >= key_blocks)
+    {
+        let message = format!("{name}[{at}] is block {}, of {key_blocks}", blocks[at]);
+        return Err(KernelError::Mask(message));
     }
+    let narrow = offsets.iter().map(|&offset| u32::try_from(offset));
+    narrow
+        .collect::<Result<_, _>>()
+        .map_err(|_| KernelError::Mask(format!("{name} has {} blocks, too many", blocks.len())))
 }
 
 /// Attention of a folded batch: `q` \[rows, heads, head_dim\] over `k` and `v` \[rows, key heads, head_dim\], as `q`.
@@ -302,7 +290,10 @@ fn on_host(
 struct Seen {
     subtree_end: Vec<u32>,
     depth: Vec<u32>,
-    lists: BlockLists,
+    full_offsets: Vec<u32>,
+    full: Vec<u32>,
+    partial_offsets: Vec<u32>,
+    partial: Vec<u32>,
 }
 
 impl Seen {
@@ -311,12 +302,10 @@ impl Seen {
         Ok(Self {
             subtree_end: mask.subtree_end.to_vec1()?,
             depth: mask.depth.to_vec1()?,
-            lists: BlockLists {
-                full_offsets: full_offsets.to_vec1()?,
-                full: full.to_vec1()?,
-                partial_offsets: partial_offsets.to_vec1()?,
-                partial: partial.to_vec1()?,
-            },
+            full_offsets: full_offsets.to_vec1()?,
+            full: full.to_vec1()?,
+            partial_offsets: partial_offsets.to_vec1()?,
+            partial: partial.to_vec1()?,
         })
     }
 
@@ -336,12 +325,8 @@ impl Seen {
             };
             listed.iter().flat_map(rows_of).collect::<Vec<_>>()
         };
-        let mut keys = list(&self.lists.full_offsets, &self.lists.full, true);
-        keys.extend(list(
-            &self.lists.partial_offsets,
-            &self.lists.partial,
-            false,
-        ));
+        let mut keys = list(&self.full_offsets, &self.full, true);
+        keys.extend(list(&self.partial_offsets, &self.partial, false));
         let bias = |query: usize, &(key, whole): &(usize, bool)| {
             let ancestor = whole || key <= query && query < self.subtree_end[key] as usize;
             let near = || window.is_none_or(|size| self.depth[query] - self.depth[key] < size);

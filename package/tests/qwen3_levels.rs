@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use radix_mlp::qwen3::{FoldLevel, ModelError, Pooling, Qwen3Config, Qwen3Model};
 use radix_mlp::{Fold, Layout};
@@ -32,7 +32,7 @@ fn config() -> Qwen3Config {
 }
 
 fn model() -> Qwen3Model {
-    Qwen3Model::random(&config(), 1, &Device::Cpu).unwrap()
+    Qwen3Model::random(&config(), 1, DType::F32, &Device::Cpu).unwrap()
 }
 
 #[derive(Clone, Debug)]
@@ -135,7 +135,7 @@ fn levels_agree_on_real_batches() {
         max_position_embeddings: 200,
         ..config()
     };
-    let model = Qwen3Model::random(&config, 1, &Device::Cpu).unwrap();
+    let model = Qwen3Model::random(&config, 1, DType::F32, &Device::Cpu).unwrap();
     for file in ["fewshot_bbh_cot", "rerank_noveleval"] {
         let lines = std::fs::read_to_string(data.join(format!("{file}.dev.jsonl"))).unwrap();
         let group: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
@@ -188,7 +188,7 @@ fn the_same_seed_gives_the_same_bits() {
     let batch = Batch::new(vec![(vec![1, 2, 3], 0, 0)]);
     let fold = batch.fold(Layout::FirstOccurrence, 1);
     let states = |seed| {
-        let model = Qwen3Model::random(&config(), seed, &Device::Cpu).unwrap();
+        let model = Qwen3Model::random(&config(), seed, DType::F32, &Device::Cpu).unwrap();
         let states = model
             .forward(&fold, FoldLevel::Full)
             .unwrap()

@@ -3,9 +3,7 @@
 use crate::common::{Case, SCALE, batches, cases, differences, fold, inputs, mask};
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
-use radix_mlp_kernels::{
-    BlockLists, KEY_BLOCK, TreeMask, query_block, tree_attention, tree_attention_with_lse,
-};
+use radix_mlp_kernels::{Lists, TreeMask, query_block, tree_attention, tree_attention_with_lse};
 
 /// The largest differences from the oracle, of outputs whose values are of -1 to 1 and of denominators.
 fn errors(sequences: &[Vec<u32>], case: Case, dtype: DType, device: &Device) -> (f64, f64) {
@@ -23,7 +21,7 @@ fn errors(sequences: &[Vec<u32>], case: Case, dtype: DType, device: &Device) -> 
 #[test]
 fn on_the_cpu() {
     // float32 sums of some hundred terms.
-    proptest!(ProptestConfig::with_cases(60), |(sequences in batches(60), case in cases(&[4, 7]))| {
+    proptest!(crate::common::cases_of(60), |(sequences in batches(60), case in cases(&[4, 7]))| {
         let (out, lse) = errors(&sequences, case, DType::F32, &Device::Cpu);
         prop_assert!(out < 1e-5 && lse < 1e-5, "{} {}", out, lse);
     });
@@ -36,7 +34,7 @@ fn on_cuda() {
     let device = Device::new_cuda(0).unwrap();
     // Weights and outputs are rounded to 8 and 11 bits; values are of -1 to 1.
     for (dtype, bound) in [(DType::BF16, 8e-3), (DType::F16, 1e-3)] {
-        proptest!(ProptestConfig::with_cases(60), |(sequences in batches(150), case in cases(&[64, 128]))| {
+        proptest!(crate::common::cases_of(60), |(sequences in batches(150), case in cases(&[64, 128]))| {
             let (out, lse) = errors(&sequences, case, dtype, &device);
             prop_assert!(out < bound && lse < 1e-4, "{} {}", out, lse);
         });
@@ -54,36 +52,30 @@ const CASE: Case = Case {
 #[test]
 fn a_mask_of_other_rows_or_blocks_is_refused() {
     let fold = fold(&[vec![1; 200]]);
-    let device = Device::Cpu;
-    let blocks = fold.block_mask(query_block(3), KEY_BLOCK).unwrap();
-    let tiles = blocks.num_blocks();
-    let lists = BlockLists {
-        full_offsets: vec![0; tiles + 1],
-        partial_offsets: [vec![0; tiles], vec![1]].concat(),
-        partial: vec![4],
-        ..BlockLists::default()
-    };
-    let refused = |lists: &BlockLists, group, window| {
-        TreeMask::new(fold.subtree_end().unwrap(), lists, group, window, &device)
+    let tiles = 200_usize.div_ceil(query_block(3));
+    let (none, one) = (vec![0; tiles + 1], [vec![0; tiles], vec![1]].concat());
+    let refused = |offsets: &[usize], block: u32, group, window| {
+        let full = Lists {
+            offsets: &none,
+            blocks: &[],
+        };
+        let partial = Lists {
+            offsets,
+            blocks: &[block],
+        };
+        let subtree_end = fold.subtree_end().unwrap();
+        TreeMask::new(subtree_end, [full, partial], group, window, &Device::Cpu)
             .unwrap_err()
             .to_string()
     };
-    assert_eq!(refused(&lists, 3, None), "partial[0] is block 4, of 4");
-    let short = BlockLists {
-        partial_offsets: vec![0],
-        ..lists.clone()
-    };
+    assert_eq!(refused(&one, 4, 3, None), "partial[0] is block 4, of 4");
     assert_eq!(
-        refused(&short, 3, None),
+        refused(&[0], 3, 3, None),
         "partial must be 5 lists of 1 blocks, got 0 with ends (Some(0), Some(0))"
     );
-    assert_eq!(refused(&lists, 0, None), "group must be in 1..=128, got 0");
-    let right = BlockLists {
-        partial: vec![3],
-        ..lists
-    };
+    assert_eq!(refused(&one, 3, 0, None), "group must be in 1..=128, got 0");
     let message = "a window needs a size and 200 depths, got 0 and 1";
-    assert_eq!(refused(&right, 3, Some((0, &[7]))), message);
+    assert_eq!(refused(&one, 3, 3, Some((0, &[7]))), message);
 }
 
 #[test]

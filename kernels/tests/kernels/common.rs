@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
-use radix_mlp::{Csr, Fold, Layout};
-use radix_mlp_kernels::{BlockLists, KEY_BLOCK, KernelError, TreeMask, query_block};
+use radix_mlp::{BlockMask, Fold, Layout};
+use radix_mlp_kernels::{KEY_BLOCK, KernelError, Lists, TreeMask, query_block};
 
 /// What attention is asked for besides the batch.
 #[derive(Clone, Copy, Debug)]
@@ -34,23 +34,20 @@ pub fn fold(sequences: &[Vec<u32>]) -> Fold {
         .unwrap()
 }
 
-pub fn lists(fold: &Fold, group: usize) -> BlockLists {
-    let blocks = fold.block_mask(query_block(group), KEY_BLOCK).unwrap();
-    let offsets = |csr: &Csr| csr.offsets.iter().map(|&at| at as u32).collect();
-    BlockLists {
-        full_offsets: offsets(blocks.full()),
-        full: blocks.full().indices.clone(),
-        partial_offsets: offsets(blocks.partial()),
-        partial: blocks.partial().indices.clone(),
-    }
+pub fn blocks(fold: &Fold, group: usize) -> BlockMask {
+    fold.block_mask(query_block(group), KEY_BLOCK).unwrap()
 }
 
 pub fn mask(fold: &Fold, case: Case, device: &Device) -> Result<TreeMask, KernelError> {
     let window = case.window.map(|size| (size, fold.position_ids()));
-    let subtree_end = fold.subtree_end().unwrap();
+    let blocks = blocks(fold, case.group);
+    let lists = [blocks.full(), blocks.partial()].map(|lists| Lists {
+        offsets: &lists.offsets,
+        blocks: &lists.indices,
+    });
     TreeMask::new(
-        subtree_end,
-        &lists(fold, case.group),
+        fold.subtree_end().unwrap(),
+        lists,
         case.group,
         window,
         device,
@@ -154,6 +151,14 @@ pub fn batches(longest: usize) -> impl Strategy<Value = Vec<Vec<u32>>> {
     shared
         .prop_map(join)
         .prop_filter("no tokens", |batch| batch.iter().any(|own| !own.is_empty()))
+}
+
+/// So many, or as many as PROPTEST_CASES says.
+pub fn cases_of(usual: u32) -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig::with_cases(usual),
+    }
 }
 
 pub fn cases(head_dims: &'static [usize]) -> impl Strategy<Value = Case> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::{
-    Case, SCALE, batches, cases, difference, differences, drawn, fold, inputs, lists, values,
+    Case, SCALE, batches, blocks, cases, difference, differences, drawn, fold, inputs, values,
 };
 use candle_core::{DType, Device, Tensor};
 use libloading::{Library, Symbol};
@@ -107,14 +107,16 @@ fn attention(library: &Library, sequences: &[Vec<u32>], case: Case, dtype: DType
     let given = inputs(&fold, case, dtype);
     let (rows, dim) = (fold.num_rows(), case.head_dim);
     let heads = case.kv_heads * case.group;
-    let lists = lists(&fold, case.group);
+    let blocks = blocks(&fold, case.group);
+    let offsets = [blocks.full(), blocks.partial()]
+        .map(|lists| -> Vec<u32> { lists.offsets.iter().map(|&at| at as u32).collect() });
     let numbers = [
         fold.subtree_end().unwrap(),
         fold.position_ids(),
-        &lists.full_offsets,
-        &lists.full,
-        &lists.partial_offsets,
-        &lists.partial,
+        &offsets[0],
+        &blocks.full().indices,
+        &offsets[1],
+        &blocks.partial().indices,
     ]
     .map(<[u32]>::as_ptr);
     let [q, k, v] = given.each_ref().map(bits);

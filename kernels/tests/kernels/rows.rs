@@ -43,7 +43,7 @@ fn selects_rows(device: &Device) {
             any::<bool>(),
         )
     });
-    proptest!(ProptestConfig::with_cases(200), |((rows, ids, width, dtype, wide) in strategy)| {
+    proptest!(crate::common::cases_of(200), |((rows, ids, width, dtype, wide) in strategy)| {
         let checked = if wide {
             let wide: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
             let tensor = Tensor::from_vec(wide, ids.len(), &Device::Cpu).unwrap();

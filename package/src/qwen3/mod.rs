@@ -2,7 +2,7 @@
 //! prefix computed once.
 //!
 //! ```
-//! use candle_core::Device;
+//! use candle_core::{DType, Device};
 //! use radix_mlp::Fold;
 //! use radix_mlp::qwen3::{FoldLevel, Pooling, Qwen3Config, Qwen3Model, normalize};
 //!
@@ -22,7 +22,7 @@
 //!     attention_bias: false,
 //!     tie_word_embeddings: true,
 //! };
-//! let model = Qwen3Model::random(&config, 42, &Device::Cpu)?;
+//! let model = Qwen3Model::random(&config, 42, DType::F32, &Device::Cpu)?;
 //!
 //! // Two sequences that share two tokens: 4 rows are computed instead of 6.
 //! let fold = Fold::builder(&[7, 8, 1, 7, 8, 2], &[0, 1, 2, 0, 1, 2], &[0, 3, 6]).build()?;

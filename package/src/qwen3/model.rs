@@ -67,17 +67,22 @@ impl Qwen3Model {
         Ok(Self { config, weights })
     }
 
-    /// A model of random f32 weights, for demonstrations and measurements: the same seed gives the
-    /// same bits on every machine.
+    /// A model of random weights in `dtype`, for demonstrations and measurements: the same seed gives the same bits on every
+    /// machine.
     ///
     /// # Errors
     ///
     /// [`ModelError::Config`] where the sizes don't fit together.
-    pub fn random(config: &Qwen3Config, seed: u64, device: &Device) -> Result<Self, ModelError> {
+    pub fn random(
+        config: &Qwen3Config,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         config.validate()?;
         Ok(Self {
             config: config.clone(),
-            weights: Weights::random(config, seed, device)?,
+            weights: Weights::random(config, seed, dtype, device)?,
         })
     }
 

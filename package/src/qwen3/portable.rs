@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 use candle_core::{Device, Result, Tensor};
 use radix_mlp_kernels::{
-    BlockLists, Ids, KEY_BLOCK, TreeMask, add_rms_norm, gather, index_select, norm_rope,
-    query_block, swiglu, tree_attention,
+    Ids, KEY_BLOCK, Lists, TreeMask, add_rms_norm, gather, index_select, norm_rope, query_block,
+    swiglu, tree_attention,
 };
 
 use super::config::Qwen3Config;
@@ -14,7 +14,7 @@ use super::error::ModelError;
 use super::model::FoldLevel;
 use super::rope::RopeTable;
 use super::weights::{LayerWeights, Linear, Weights};
-use crate::block_mask::{BlockMask, Csr};
+use crate::block_mask::BlockMask;
 use crate::{Fold, FoldError, Layout};
 
 /// Hidden states after the last norm, in the dtype of the weights: \[N', hidden\] in the order of the fold's rows, or
@@ -159,14 +159,11 @@ fn mask(
 ) -> std::result::Result<TreeMask, ModelError> {
     let group = config.num_attention_heads / config.num_key_value_heads;
     let blocks = BlockMask::new(subtree_end, query_block(group), KEY_BLOCK)?;
-    let offsets = |lists: &Csr| lists.offsets.iter().map(|&at| at as u32).collect();
-    let lists = BlockLists {
-        full_offsets: offsets(blocks.full()),
-        full: blocks.full().indices.clone(),
-        partial_offsets: offsets(blocks.partial()),
-        partial: blocks.partial().indices.clone(),
-    };
-    Ok(TreeMask::new(subtree_end, &lists, group, None, device)?)
+    let lists = [blocks.full(), blocks.partial()].map(|lists| Lists {
+        offsets: &lists.offsets,
+        blocks: &lists.indices,
+    });
+    Ok(TreeMask::new(subtree_end, lists, group, None, device)?)
 }
 
 /// What attention adds to the states, \[rows, hidden\], of normed states.

@@ -72,9 +72,14 @@ impl Weights {
         Self::build(config, &mut source, dtype, device)
     }
 
-    pub fn random(config: &Qwen3Config, seed: u64, device: &Device) -> Result<Self, ModelError> {
+    pub fn random(
+        config: &Qwen3Config,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let mut source = Random { state: seed };
-        Self::build(config, &mut source, DType::F32, device)
+        Self::build(config, &mut source, dtype, device)
     }
 
     fn build(

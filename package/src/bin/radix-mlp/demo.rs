@@ -3,7 +3,7 @@ mod workloads;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use radix_mlp::Fold;
 use radix_mlp::qwen3::{FoldLevel, Qwen3Config, Qwen3Model};
@@ -42,7 +42,7 @@ fn model() -> anyhow::Result<Qwen3Model> {
         attention_bias: false,
         tie_word_embeddings: true,
     };
-    Ok(Qwen3Model::random(&config, 0, &Device::Cpu)?)
+    Ok(Qwen3Model::random(&config, 0, DType::F32, &Device::Cpu)?)
 }
 
 fn fold_bytes(texts: &[String]) -> anyhow::Result<Fold> {

@@ -1,0 +1,70 @@
+"""Builds what runs the model on CUDA elsewhere: `make cuda-bundle`.
+
+The bundle is a folder, and the same as .tar.gz, for any x86-64 Linux with a driver and CUDA 13's libraries:
+
+- radix-mlp: the command, with `--device cuda:N` and the server;
+- test: runs every test that needs a GPU and prints a summary (`test --sanitize` under compute-sanitizer);
+- measure, forward: what benchmark/gpu_kernels/measure.py asks for times.
+
+    python3 kernels/bundle.py target/cuda target/cuda-bundle     # where the toolkit goes, and the bundle
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# The oldest GPUs that the kernels run on; drivers translate candle's for newer ones.
+OLDEST = "80"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("toolkit", type=Path, help="as for toolkit.py, where CUDA_HOME is not set")
+    parser.add_argument("bundle", type=Path, help="a folder that is made anew")
+    given = parser.parse_args()
+    environment = os.environ | cuda(given.toolkit)
+    shutil.rmtree(given.bundle, ignore_errors=True)
+    given.bundle.mkdir(parents=True)
+    radix_mlp = ["-p", "radix_mlp", "--features", "cuda,server"]
+    kernels = ["-p", "radix_mlp_kernels", "--features", "cuda"]
+    programs = {
+        "radix-mlp": ["build", *radix_mlp, "--bin", "radix-mlp"],
+        "forward": ["build", *radix_mlp, "--example", "forward"],
+        "measure": ["build", *kernels, "--example", "measure"],
+        "tests/kernels": ["test", "--no-run", *kernels, "--test", "kernels"],
+        "tests/model": ["test", "--no-run", *radix_mlp, "--test", "qwen3_transformers"],
+    }
+    for name, command in programs.items():
+        place = given.bundle / name
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy2(build(command, environment), place)
+        subprocess.run(["strip", place], check=True)
+    shutil.copy2(ROOT / "kernels" / "bundle_test.sh", given.bundle / "test")
+    shutil.copy2(ROOT / "package" / "tests" / "make_checkpoints.py", given.bundle / "tests")
+    print(shutil.make_archive(str(given.bundle), "gztar", given.bundle.parent, given.bundle.name))
+
+
+def cuda(toolkit: Path) -> dict[str, str]:
+    """Variables that candle's and our build scripts look at."""
+    home = os.environ.get("CUDA_HOME")
+    if not home:
+        command = [sys.executable, str(ROOT / "kernels" / "toolkit.py"), str(toolkit)]
+        home = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return {"CUDA_HOME": home, "PATH": f"{home}/bin:{os.environ['PATH']}", "CUDA_COMPUTE_CAP": OLDEST}
+
+
+def build(command: list[str], environment: dict[str, str]) -> Path:
+    """What `cargo COMMAND` makes of the last target that can be run."""
+    cargo = ["cargo", *command, "--release", "--message-format=json-render-diagnostics"]
+    output = subprocess.run(cargo, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    messages = [json.loads(line) for line in output.splitlines()]
+    return Path([message["executable"] for message in messages if message.get("executable")][-1])
+
+
+if __name__ == "__main__":
+    main()
