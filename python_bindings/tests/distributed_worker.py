@@ -1,4 +1,7 @@
-"""One of several processes that train a folded model. Arguments: "ddp" or "fsdp", rank, ranks, a file they share."""
+"""One of several processes that train a folded model. Arguments: a kind, rank, ranks, a file they share.
+
+Kinds are "ddp", "fsdp", and "fsdp_head", which shards the head by itself.
+"""
 
 import faulthandler
 import os
@@ -50,9 +53,11 @@ def wrap(model: nn.Module, kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    decoder: Any = model.model
-    for layer in decoder.layers:
+    parts: Any = model
+    for layer in parts.model.layers:
         fully_shard(layer, mesh=mesh)
+    if kind == "fsdp_head":
+        fully_shard(parts.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -79,7 +84,9 @@ def main() -> None:
     (batch,) = sampler
     assert len(batch) < len(SEQUENCES)
     # Gradients are averaged over ranks: each loss is divided by its share of the labels of all.
-    wrapped(**padded(batch), num_items_in_batch=LABELS / ranks).loss.backward()
+    output = wrapped(**padded(batch), num_items_in_batch=LABELS / ranks)
+    assert output.logits is None
+    output.loss.backward()
 
     expected = {name: whole(parameter.grad) for name, parameter in plain.named_parameters()}
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ RANKS = 2
 SECONDS = 300
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_head"])
 def test_two_processes_have_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
     worker = Path(__file__).with_name("distributed_worker.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -310,6 +310,14 @@ def test_training_makes_no_logits_of_the_batch(model: Any, batch: dict[str, Tens
         model(**batch, labels=labels[:, :3])
 
 
+def test_a_head_with_a_forward_of_its_own_runs_it(model: Any, batch: dict[str, Tensor]) -> None:
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda states: 2 * own(states)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) * batch["attention_mask"] < 2, -100)
+    expected = model.train()(**batch, labels=labels, use_cache=False).loss
+    assert_close(fold(model)(**batch, labels=labels).loss, expected)
+
+
 @pytest.mark.parametrize("level", ["mlp", "full"])
 def test_autocast(batch: dict[str, Tensor], level: Any) -> None:
     """bfloat16 products of f32 weights: folded gradients are as far from f32 as unfolded ones are."""

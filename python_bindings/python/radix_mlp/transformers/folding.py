@@ -220,7 +220,7 @@ class Folding:
         folded: Call = self._fold(call)
         if labels is not None and self.model.training and (head := lm_head(self.model)) is not None:
             compact = self._run(folded.arguments)
-            loss = folded_loss(compact[0], head, folded.batch, labels, **options)
+            loss = folded_loss(compact[0], head, self.model.config, folded.batch, labels, **options)
             return CausalLMOutputWithPast(
                 **self._restored(compact, folded, {"loss": loss}, without="last_hidden_state")
             )

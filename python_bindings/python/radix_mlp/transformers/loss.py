@@ -2,20 +2,19 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from radix_mlp.torch.loss import Head, cross_entropy
+from radix_mlp.torch.loss import Head, Reduction, cross_entropy
 from radix_mlp.transformers.batch import Batch, packed_values
 
 
-def lm_head(model: PreTrainedModel) -> Head | None:
-    """The head of `model` and what its forward does to the logits; None where that is more than is known here."""
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    config = model.config
-    if type(head) is not nn.Linear or config.model_type in OWN_LOGITS or model.loss_type != "ForCausalLM":
+def lm_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head of `model`; None where what makes logits, or the loss, is more than is known here."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    # FSDP2 makes a subclass; others, and who puts a forward on the module itself, have a forward of their own.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return None
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+    return head if model.config.model_type not in OWN_LOGITS and model.loss_type == "ForCausalLM" else None
 
 
 # Types whose forward changes the head's input or its logits in a way of their own.
@@ -25,7 +24,8 @@ OWN_LOGITS = {"minicpm3", "modernbert-decoder"}
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def folded_loss(
     hidden: Tensor,
-    head: Head,
+    head: nn.Linear,
+    config: PreTrainedConfig,
     batch: Batch,
     labels: Tensor,
     *,
@@ -41,7 +41,18 @@ def folded_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     own = packed_values(batch.packed, shift_labels)
-    if num_items_in_batch is None:
-        return cross_entropy(hidden[0], head, batch.fold, own, ignore_index=ignore_index)
-    total = cross_entropy(hidden[0], head, batch.fold, own, ignore_index=ignore_index, reduction="sum")
-    return total / num_items_in_batch
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    reduction: Reduction = "mean" if num_items_in_batch is None else "sum"
+
+    def forward(states: Tensor) -> Tensor:
+        parameters = Head(head.weight, head.bias, scale, softcap)
+        return cross_entropy(states, parameters, batch.fold, own, ignore_index=ignore_index, reduction=reduction)
+
+    # As the head's own forward, within its hooks: FSDP2 gathers a head that it shards by itself there.
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        loss: Tensor = head(hidden[0])
+    finally:
+        del head.forward
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
