@@ -202,7 +202,7 @@ def test_a_wrong_fold_is_seen(tmp_path: Path) -> None:
     reference = checkpoint(tmp_path, {})
     own = Qwen3.from_pretrained(tmp_path)
     sequences = families()["three levels"]
-    wrong = wrongly_folded(sequences, "full")
+    wrong = wrongly_folded(sequences, "full", "cpu")
     assert difference(own.logits(wrong), theirs(reference, sequences, 0)[1]) > 1e3 * TOLERANCE
 
 

@@ -59,8 +59,8 @@ def model(dtype: torch.dtype, config: Qwen3Config = CONFIG, *, backend: Backend 
     return Qwen3(config, backend=backend).to(DEVICE, dtype)
 
 
-def fold_at(level: Level, sequences: Sequences) -> Batch:
-    return Batch.from_sequences(sequences, level, DEVICE)
+def fold_at(level: Level, sequences: Sequences, device: str = DEVICE) -> Batch:
+    return Batch.from_sequences(sequences, level, device)
 
 
 def families() -> dict[str, Sequences]:
@@ -96,9 +96,9 @@ def families() -> dict[str, Sequences]:
 MERGEABLE = [family for family in families() if family != "prefixes of each other"]
 
 
-def wrongly_folded(sequences: Sequences, level: Level) -> Batch:
+def wrongly_folded(sequences: Sequences, level: Level, device: str = DEVICE) -> Batch:
     """`sequences` with one row merged into its neighbour, as by a fold that overlooks a token; labels are right."""
-    return replace(fold_at(level, _merged(sequences)), labels=fold_at(level, sequences).labels)
+    return replace(fold_at(level, _merged(sequences), device), labels=fold_at(level, sequences, device).labels)
 
 
 def _merged(sequences: Sequences) -> Sequences:
