@@ -58,7 +58,7 @@ bench: python
 	$(BIN)/python train/grpo.py
 
 # The same on a CUDA GPU, an H200 for the committed results.
-bench-gpu: python
+bench-gpu: python cuda-bundle
 	$(BIN)/python benchmark/gpu_forward/batches.py
 	$(BIN)/python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_forward/plot.py
@@ -68,6 +68,8 @@ bench-gpu: python
 	$(BIN)/pip install --quiet --no-deps -r benchmark/gpu_training/measure.requirements.txt
 	$(BIN)/python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_training/plot.py
+	$(BIN)/python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
+	$(BIN)/python benchmark/gpu_kernels/plot.py
 	$(BIN)/python benchmark/gpu_forward/report.py --write
 
 # Needs a nightly toolchain and `cargo install cargo-fuzz`.

@@ -36,6 +36,7 @@
 //! None is on by default, and the fold has no dependency.
 //!
 //! - `candle`: the `qwen3` and `text` modules, a Qwen3 model that runs folded on the CPU.
+//! - `cuda`: the same on CUDA devices; needs a CUDA toolkit to build.
 //! - `cli`: the `radix-mlp` command, which embeds and reranks text.
 //! - `server`: `radix-mlp serve`, the same over HTTP.
 
