@@ -118,7 +118,9 @@ __device__ void tree_attention(const T *q, const T *k, const T *v, T *out, float
     auto block_of = [&](uint32_t i) {
         return i < full_count ? lists.full_blocks[full_begin + i] : lists.partial_blocks[partial_begin + i - full_count];
     };
-    const float to_base2 = given.scale * LOG2_E;
+    // Scores are kept as the products are: this brings them to the base of exp2f, in the same instruction as the difference
+    // from the peak. Capped scores are brought there by the cap.
+    const float unit = given.softcap > 0 ? 1 : given.scale * LOG2_E;
 
     uint32_t start = count ? block_of(0) * KEYS : 0;
     if (count) {
@@ -161,16 +163,16 @@ __device__ void tree_attention(const T *q, const T *k, const T *v, T *out, float
         }
         commit();
 
+        if (given.softcap > 0) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+            for (int m = 0; m < 2; ++m) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
+                for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float product = scores[m][n][j];
-                    scores[m][n][j] = given.softcap > 0
-                                          ? given.softcap * LOG2_E * tanhf(product * given.scale / given.softcap)
-                                          : product * to_base2;
+                    for (int j = 0; j < 4; ++j) {
+                        const float share = scores[m][n][j] * given.scale / given.softcap;
+                        scores[m][n][j] = given.softcap * LOG2_E * tanhf(share);
+                    }
                 }
             }
         }
@@ -208,8 +210,8 @@ __device__ void tree_attention(const T *q, const T *k, const T *v, T *out, float
                 }
                 highest = maximum_of_quad(highest);
                 // A query that has seen nothing yet has no difference to take.
-                const float shift = highest == -INFINITY ? 0 : highest;
-                const float factor = exp2f(peak[m][half] - shift);
+                const float shift = highest == -INFINITY ? 0 : highest * unit;
+                const float factor = exp2f(peak[m][half] * unit - shift);
                 peak[m][half] = highest;
                 float sum = 0;
 #pragma unroll
@@ -217,7 +219,7 @@ __device__ void tree_attention(const T *q, const T *k, const T *v, T *out, float
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float &score = scores[m][n][2 * half + j];
-                        score = exp2f(score - shift);
+                        score = exp2f(score * unit - shift);
                         sum += score;
                     }
                 }
@@ -272,7 +274,7 @@ __device__ void tree_attention(const T *q, const T *k, const T *v, T *out, float
             const bool valid = entry < int(tile_rows * given.group) && query[m][half] < given.rows;
             if (lse && valid && lane % 4 == 0) {
                 const uint32_t head = kv_head * given.group + entry % given.group;
-                lse[uint64_t(head) * given.rows + query[m][half]] = (peak[m][half] + log2f(sum)) / LOG2_E;
+                lse[uint64_t(head) * given.rows + query[m][half]] = (peak[m][half] * unit + log2f(sum)) / LOG2_E;
             }
         }
     }

@@ -52,6 +52,14 @@ pub enum KernelError {
         /// Where this one is.
         found: String,
     },
+    /// A number that scores are computed with cannot be right.
+    #[error("{name} must be positive and finite, got {found}")]
+    Number {
+        /// Which of them.
+        name: &'static str,
+        /// Its value.
+        found: f32,
+    },
     /// A mask does not describe a trie, or lists blocks that are not there.
     #[error("{0}")]
     Mask(String),

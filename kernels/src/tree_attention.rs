@@ -134,7 +134,8 @@ fn checked(
 ///
 /// # Errors
 ///
-/// [`KernelError::Shape`], [`KernelError::DType`] and [`KernelError::Device`] for tensors that do not go together.
+/// [`KernelError::Shape`], [`KernelError::DType`] and [`KernelError::Device`] for tensors that do not go together,
+/// [`KernelError::Number`] for a scale or a cap that is not positive.
 pub fn tree_attention(
     q: &Tensor,
     k: &Tensor,
@@ -171,6 +172,11 @@ fn attend(
     lse: bool,
 ) -> Result<(Tensor, Tensor), KernelError> {
     check_tensors(q, k, v, mask)?;
+    for (name, number) in [("scale", Some(scale)), ("softcap", softcap)] {
+        if let Some(found) = number.filter(|number| !(number.is_finite() && *number > 0.0)) {
+            return Err(KernelError::Number { name, found });
+        }
+    }
     #[cfg(feature = "cuda")]
     if q.device().is_cuda() {
         return crate::cuda::tree_attention([q, k, v], mask, scale, softcap, lse);

@@ -98,6 +98,15 @@ fn tensors_that_do_not_go_together_are_refused() {
         refused(&q, &q, &k),
         "k must be [3, 2, 4], got shape [3, 6, 4]"
     );
+    let with = |scale, softcap| tree_attention(&q, &k, &k, &mask, scale, softcap).unwrap_err();
+    assert_eq!(
+        with(-0.5, None).to_string(),
+        "scale must be positive and finite, got -0.5"
+    );
+    assert_eq!(
+        with(1.0, Some(0.0)).to_string(),
+        "softcap must be positive and finite, got 0"
+    );
     let half = zeros([3, 2, 4], DType::F16);
     assert_eq!(
         refused(&q, &k, &half),
