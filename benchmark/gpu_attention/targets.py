@@ -45,8 +45,7 @@ def ratio(row: Row, slow: str, fast: str, kind: str) -> float:
 
 
 def over_best(row: Row, kind: str) -> float:
-    """`attention` picks by the forward pass, in training too."""
-    way = picked(row, "forward")
+    way = picked(row, kind)
     return max(ratio(row, way, other, kind) for other in ("tree", "query_folded"))
 
 

@@ -68,14 +68,32 @@ def test_longest_walk() -> None:
     assert longest_walk(Fold.from_sequences([], layout="depth_first")) == 0
 
 
-def on_cuda(rows: int, heads: int) -> Any:
+def on_cuda(rows: int, heads: int, *, training: bool = False) -> Any:
     """What `pick_backend` asks of a tensor, [rows, heads, 128] in bfloat16 on a GPU that need not be there."""
 
     class Stub(SimpleNamespace):
         def __len__(self) -> int:
             return rows
 
-    return Stub(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(rows, heads, 128), ndim=3)
+    shape = (rows, heads, 128)
+    return Stub(device=torch.device("cuda"), dtype=torch.bfloat16, shape=shape, ndim=3, requires_grad=training)
+
+
+def tree_mask(fold: Fold, _q: Any, _k: Any, window: None) -> Any:
+    return SimpleNamespace(tiles=TILES, blocks=tree_arrays(fold, TILES, 4, window)["blocks"])
+
+
+@pytest.mark.parametrize("slow", ["TREE_TRAINING", "FLASH_TRAINING"])
+def test_training_is_picked_by_its_own_costs(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = batch(100, 60, 8)
+    monkeypatch.setattr(dispatch, "tree_mask", tree_mask)
+    k = on_cuda(fold.num_rows, 8)
+    forward = pick_backend(on_cuda(fold.num_rows, 32), k, k, fold)
+    monkeypatch.setattr(cost, slow, Rates(1.0, {}))
+    q = on_cuda(fold.num_rows, 32, training=True)
+    assert pick_backend(q, k, k, fold) == ("query_folded" if slow == "TREE_TRAINING" else "tree")
+    with torch.no_grad():
+        assert pick_backend(q, k, k, fold) == forward
 
 
 @pytest.mark.parametrize(
@@ -88,11 +106,7 @@ def on_cuda(rows: int, heads: int) -> Any:
 )
 def test_picks_the_cheaper(prefix: int, own: int, count: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fold = batch(prefix, own, count)
-
-    def mask(fold: Fold, _q: Any, _k: Any, window: None) -> Any:
-        return SimpleNamespace(tiles=TILES, blocks=tree_arrays(fold, TILES, 4, window)["blocks"])
-
-    monkeypatch.setattr(dispatch, "tree_mask", mask)
+    monkeypatch.setattr(dispatch, "tree_mask", tree_mask)
     q, k = on_cuda(fold.num_rows, 32), on_cuda(fold.num_rows, 8)
     assert pick_backend(q, k, k, fold) == expected
     # A second is more than either takes.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch.cost import flash_seconds, tree_seconds
+from radix_mlp.torch.cost import flash_seconds, longest_walk, tree_seconds
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.tree_mask import tree_mask
@@ -78,7 +78,8 @@ def pick_backend(
 ) -> Backend:
     """The backend that `attention` takes where none is named: the cheapest that can run.
 
-    What it costs is read off the fold, with the constants of benchmark/results/gpu_attention.json.
+    What it costs, with its backward pass where there will be one, is read off the fold, with the constants of
+    benchmark/results/gpu_attention.json.
     """
     if q.device.type != "cuda":
         return "sequential"
@@ -87,13 +88,15 @@ def pick_backend(
     if not tree or not folded:
         return "tree" if tree else "query_folded" if folded else "sequential"
     _, heads, head_dim = q.shape
-    key = ("backend", heads, k.shape[1], head_dim, window)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    key = ("backend", heads, k.shape[1], head_dim, window, training)
 
     def pick() -> Backend:
         mask = tree_mask(fold, q, k, window)
         kv_heads = k.shape[1]
-        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, heads // kv_heads, head_dim)
-        flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window)
+        walk = longest_walk(fold) if training else None
+        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, heads // kv_heads, head_dim, walk)
+        flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window, training=training)
         return "tree" if tree_time <= flash_time else "query_folded"
 
     return fold.derived(key, pick)
