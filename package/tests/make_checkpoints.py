@@ -5,8 +5,8 @@ python make_checkpoints.py DIRECTORY
 DIRECTORY/<case>/ is a checkpoint; its expected.safetensors holds a ragged batch (input_ids, position_ids [N],
 cu_seq_lengths [sequences + 1], int64) and the reference in f32, computed one sequence at a time: hidden states
 [N, hidden], last_token, mean and cls embeddings [sequences, hidden], normalized ones of the last token cut to half
-their dimensions, and yes_probabilities [sequences] of token YES against token NO where the model has a head. Of the case
-"bf16" also hidden_bf16 and hidden_f16, computed in these dtypes.
+their dimensions, and yes_probabilities [sequences] of token YES against token NO where the model has a head. Of the
+case "bf16" also hidden_bf16 and hidden_f16, computed in these dtypes.
 """
 
 import argparse
