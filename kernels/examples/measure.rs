@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use radix_mlp::{Fold, Layout};
 use radix_mlp_kernels::{
-    Ids, KEY_BLOCK, Lists, TreeMask, index_select, query_block, tree_attention,
+    Ids, KEY_BLOCK, Lists, TreeMask, cuda_device, index_select, query_block, tree_attention,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -51,7 +51,7 @@ fn main() -> Outcome<()> {
         return Err("usage: measure BATCHES".into());
     };
     let batches: HashMap<String, Batch> = serde_json::from_slice(&std::fs::read(batches)?)?;
-    let device = Device::new_cuda_with_stream(0)?;
+    let device = cuda_device(0)?;
     for line in std::io::stdin().lock().lines() {
         let milliseconds = answer(serde_json::from_str(&line?)?, &batches, &device)?;
         println!("{}", json!({ "ms": milliseconds }));

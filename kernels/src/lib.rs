@@ -17,6 +17,8 @@ mod layer;
 mod rows;
 mod tree_attention;
 
+#[cfg(feature = "cuda")]
+pub use cuda::cuda_device;
 pub use error::KernelError;
 pub use ids::Ids;
 pub use layer::{add_rms_norm, norm_rope, swiglu};

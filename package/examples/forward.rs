@@ -22,8 +22,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let (model, batches, device, dtype) = match &arguments[..] {
         [model, batches] => (model, batches, Device::Cpu, DType::F32),
+        #[cfg(feature = "cuda")]
         [model, batches, device] if device == "cuda" => {
-            let device = Device::new_cuda_with_stream(0)?;
+            let device = radix_mlp_kernels::cuda_device(0)?;
             (model, batches, device, DType::BF16)
         }
         _ => return Err("usage: forward MODEL BATCHES [cuda]".into()),

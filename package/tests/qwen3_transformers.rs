@@ -200,7 +200,7 @@ fn half_precision_is_no_worse_than_that_of_transformers(directory: &Path, device
 #[test]
 #[ignore = "needs a CUDA device"]
 fn half_precision_on_cuda() {
-    let device = Device::new_cuda(0).unwrap();
+    let device = radix_mlp_kernels::cuda_device(0).unwrap();
     let directory = checkpoints().expect("a Python with transformers");
     half_precision_is_no_worse_than_that_of_transformers(&directory.path().join("bf16"), &device);
 }

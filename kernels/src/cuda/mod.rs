@@ -14,7 +14,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CudaStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 pub use attention::tree_attention;
 pub use gather::gather;
@@ -59,6 +59,19 @@ impl Binary {
         };
         module.load_function(name).w()
     }
+}
+
+/// The GPU of number `ordinal`, with one stream for all that is done on it. What is launched then has nothing to wait for,
+/// and the events by which streams would wait for each other, several a launch, are not recorded.
+///
+/// # Errors
+///
+/// candle's, where there is no such GPU or no driver.
+pub fn cuda_device(ordinal: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    // SAFETY: candle puts everything on the stream of the device, and this one has its own.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
 }
 
 /// The elements of a tensor, from its first on.

@@ -31,7 +31,7 @@ fn on_the_cpu() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn on_cuda() {
-    let device = Device::new_cuda(0).unwrap();
+    let device = radix_mlp_kernels::cuda_device(0).unwrap();
     // Weights and outputs are rounded to 8 and 11 bits; values are of -1 to 1.
     for (dtype, bound) in [(DType::BF16, 8e-3), (DType::F16, 1e-3)] {
         proptest!(crate::common::cases_of(60), |(sequences in batches(150), case in cases(&[64, 128]))| {

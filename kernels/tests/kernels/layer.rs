@@ -121,7 +121,10 @@ fn on_the_cpu() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn on_cuda() {
-    all(&[DType::BF16, DType::F16], &Device::new_cuda(0).unwrap());
+    all(
+        &[DType::BF16, DType::F16],
+        &radix_mlp_kernels::cuda_device(0).unwrap(),
+    );
 }
 
 #[test]

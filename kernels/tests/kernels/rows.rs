@@ -102,7 +102,7 @@ fn on_the_cpu() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn on_cuda() {
-    let device = Device::new_cuda(0).unwrap();
+    let device = radix_mlp_kernels::cuda_device(0).unwrap();
     selects_rows(&device);
     gathers_three(&device);
     sums_the_gradients_of_copies(&device);

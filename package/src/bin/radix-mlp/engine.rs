@@ -97,13 +97,8 @@ impl DeviceChoice {
                 "this radix-mlp was built without CUDA; build it with `--features cuda` to use --device cuda"
             ),
             #[cfg(feature = "cuda")]
-            Self::Cuda(number) => {
-                let device = Device::new_cuda_with_stream(number)
-                    .with_context(|| format!("cannot open GPU {number}"))?;
-                // SAFETY: all that runs on the device runs on this one stream.
-                unsafe { device.as_cuda_device()?.disable_event_tracking() };
-                Ok(device)
-            }
+            Self::Cuda(number) => radix_mlp_kernels::cuda_device(number)
+                .with_context(|| format!("cannot open GPU {number}")),
         }
     }
 }
