@@ -10,6 +10,7 @@ mod routes;
 mod telemetry;
 #[cfg(test)]
 mod tests;
+mod tokenize;
 
 use std::net::IpAddr;
 use std::path::Path;
