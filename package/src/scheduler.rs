@@ -60,6 +60,9 @@ pub struct Scheduled {
 /// half a budget on the oldest sequences, or empty the queue: a sequence that finds others of W
 /// tokens waiting is computed in one of the next 4 W / budget + 2 batches, whoever arrives later.
 ///
+/// What a batch takes beside its computation grows with its tokens, shared or not: with
+/// [`Self::with_max_tokens`] they are bounded too, and those that go ahead take half of them at most.
+///
 /// Nothing here reads a clock or waits: times are durations since any fixed moment.
 ///
 /// ```
@@ -87,12 +90,23 @@ pub struct Scheduled {
 pub struct Scheduler {
     budget: Budget,
     window: Duration,
+    /// Most tokens in a batch, shared or not; at least the budget's limit.
+    max_tokens: usize,
     /// The prefix index: neighbours share most.
     by_tokens: BTreeMap<Tokens, Vec<Ticket>>,
     by_arrival: BTreeMap<Ticket, Arrival>,
     tickets: u64,
-    /// What the waiting sequences would cost as one batch.
+    /// What the waiting sequences would be as one batch.
+    waiting: Load,
+}
+
+/// What a batch takes, each of its different sequences counted once.
+#[derive(Clone, Copy, Debug, Default)]
+struct Load {
+    /// What its budget counts.
     cost: usize,
+    /// Tokens, shared or not.
+    tokens: usize,
 }
 
 #[derive(Debug)]
@@ -113,18 +127,27 @@ impl Scheduler {
         Self {
             budget,
             window,
+            max_tokens: usize::MAX,
             by_tokens: BTreeMap::new(),
             by_arrival: BTreeMap::new(),
             tickets: 0,
-            cost: 0,
+            waiting: Load::default(),
         }
+    }
+
+    /// Bounds the tokens of a batch, shared or not, of which the same sequence asked for twice counts
+    /// once. Less than the budget's limit is taken as that limit.
+    #[must_use]
+    pub fn with_max_tokens(mut self, tokens: usize) -> Self {
+        self.max_tokens = tokens.max(self.budget.limit());
+        self
     }
 
     /// Puts a sequence into the queue. `now` must not go back.
     pub fn push(&mut self, tokens: Tokens, now: Duration) -> Ticket {
         let ticket = Ticket(self.tickets);
         self.tickets += 1;
-        let cost = self.budget.cost(&tokens, shared(&self.by_tokens, &tokens));
+        let load = self.load(&tokens, &self.by_tokens);
         let arrival = Arrival {
             tokens: tokens.clone(),
             at: now,
@@ -134,7 +157,7 @@ impl Scheduler {
             Entry::Occupied(mut waiting) => waiting.get_mut().push(ticket),
             Entry::Vacant(place) => {
                 place.insert(vec![ticket]);
-                self.cost += cost;
+                self.waiting.add(load);
             }
         }
         ticket
@@ -149,7 +172,7 @@ impl Scheduler {
             waiting.get_mut().retain(|&other| other != ticket);
             if waiting.get().is_empty() {
                 waiting.remove();
-                self.cost -= self.budget.cost(&tokens, shared(&self.by_tokens, &tokens));
+                self.waiting.subtract(self.load(&tokens, &self.by_tokens));
             }
         }
         true
@@ -171,7 +194,9 @@ impl Scheduler {
             return Next::Idle;
         };
         let due = oldest.at + self.window;
-        if now < due && self.cost < self.budget.limit() {
+        let full =
+            self.waiting.cost >= self.budget.limit() || self.waiting.tokens >= self.max_tokens;
+        if now < due && !full {
             return Next::WaitUntil(due);
         }
         Next::Run(self.fill())
@@ -181,46 +206,59 @@ impl Scheduler {
         let mut filling = Filling::default();
         while let Some(oldest) = self.by_arrival.values().next() {
             let seed = oldest.tokens.clone();
-            let cost = self.budget.cost(&seed, shared(&filling.sequences, &seed));
-            if !filling.sequences.is_empty() && filling.cost + cost > self.budget.limit() {
+            let load = self.load(&seed, &filling.sequences);
+            if !filling.sequences.is_empty() && !self.holds(filling.load, load, 1) {
                 break;
             }
-            self.take(&seed, cost, &mut filling);
+            self.take(&seed, load, &mut filling);
             self.take_alike(&seed, &mut filling);
         }
         filling.into_batch()
     }
 
+    /// What a sequence adds to others.
+    fn load(&self, tokens: &Tokens, others: &BTreeMap<Tokens, Vec<Ticket>>) -> Load {
+        Load {
+            cost: self.budget.cost(tokens, shared(others, tokens)),
+            tokens: tokens.len(),
+        }
+    }
+
+    /// Whether this part of a batch has room for both.
+    fn holds(&self, taken: Load, more: Load, part: usize) -> bool {
+        taken.cost + more.cost <= self.budget.limit() / part
+            && taken.tokens + more.tokens <= self.max_tokens / part
+    }
+
     /// Takes the sequences that share most with `seed`, as far as they may go ahead of older ones.
     fn take_alike(&mut self, seed: &Tokens, filling: &mut Filling) {
-        let limit = self.budget.limit();
         loop {
             let neighbours = neighbours(&self.by_tokens, seed).into_iter().flatten();
             let Some(closest) = neighbours.max_by_key(|tokens| common_prefix(tokens, seed)) else {
                 return;
             };
             let closest = closest.clone();
+            let load = self.load(&closest, &filling.sequences);
             let shared = shared(&filling.sequences, &closest);
-            let cost = self.budget.cost(&closest, shared);
             let worth_it = shared * SHARED_TO_GO_AHEAD >= closest.len();
-            let fits = filling.cost + cost <= limit && filling.ahead + cost <= limit / AHEAD;
+            let fits = self.holds(filling.load, load, 1) && self.holds(filling.ahead, load, AHEAD);
             if !worth_it || !fits {
                 return;
             }
-            filling.ahead += cost;
-            self.take(&closest, cost, filling);
+            filling.ahead.add(load);
+            self.take(&closest, load, filling);
         }
     }
 
-    fn take(&mut self, tokens: &Tokens, cost: usize, filling: &mut Filling) {
+    fn take(&mut self, tokens: &Tokens, load: Load, filling: &mut Filling) {
         let Some(tickets) = self.by_tokens.remove(tokens) else {
             return;
         };
-        self.cost -= self.budget.cost(tokens, shared(&self.by_tokens, tokens));
+        self.waiting.subtract(self.load(tokens, &self.by_tokens));
         for ticket in &tickets {
             self.by_arrival.remove(ticket);
         }
-        filling.cost += cost;
+        filling.load.add(load);
         filling.sequences.insert(tokens.clone(), tickets);
     }
 }
@@ -229,9 +267,21 @@ impl Scheduler {
 #[derive(Default)]
 struct Filling {
     sequences: BTreeMap<Tokens, Vec<Ticket>>,
-    cost: usize,
+    load: Load,
     /// What of it was spent on sequences that went ahead of older ones.
-    ahead: usize,
+    ahead: Load,
+}
+
+impl Load {
+    fn add(&mut self, other: Self) {
+        self.cost += other.cost;
+        self.tokens += other.tokens;
+    }
+
+    fn subtract(&mut self, other: Self) {
+        self.cost -= other.cost;
+        self.tokens -= other.tokens;
+    }
 }
 
 impl Filling {

@@ -118,6 +118,25 @@ fn a_few_shared_tokens_are_no_reason_to_go_ahead() {
     assert_eq!(tickets(&run(&mut scheduler, ms(0))), [first, second].into());
 }
 
+#[test]
+fn tokens_are_bounded_whatever_they_share() {
+    let mut scheduler = Scheduler::new(Budget::UniqueTokens(100), WINDOW).with_max_tokens(250);
+    // 90 tokens for all, and one for each: ten would be a batch by their unique tokens.
+    let sequence = |last: u32| (0..90).chain([1000 + last]).collect::<Tokens>();
+    for last in 0..2 {
+        scheduler.push(sequence(last), ms(0));
+    }
+    assert_eq!(scheduler.next(ms(0)), Next::WaitUntil(WINDOW));
+    for last in 2..10 {
+        scheduler.push(sequence(last), ms(0));
+    }
+    for _ in 0..5 {
+        let batch = run(&mut scheduler, WINDOW);
+        assert_eq!((batch.tokens, batch.unique_tokens), (182, 92));
+    }
+    assert_eq!(scheduler.next(WINDOW), Next::Idle);
+}
+
 /// One thing that happens to a queue.
 #[derive(Clone, Debug)]
 enum Event {
@@ -150,7 +169,7 @@ fn limit(budget: Budget) -> usize {
     }
 }
 
-fn check(batch: &Batch, budget: Budget, waiting: &BTreeMap<Ticket, Tokens>) {
+fn check(batch: &Batch, budget: Budget, max_tokens: usize, waiting: &BTreeMap<Ticket, Tokens>) {
     let sequences: Vec<&Tokens> = batch.sequences.iter().map(|s| &s.tokens).collect();
     assert!(sequences.is_sorted_by(|a, b| a < b));
     for sequence in &batch.sequences {
@@ -173,7 +192,7 @@ fn check(batch: &Batch, budget: Budget, waiting: &BTreeMap<Ticket, Tokens>) {
         Budget::UniqueTokens(_) => unique,
         Budget::Tokens(_) => different,
     };
-    assert!(sequences.len() == 1 || spent <= limit(budget));
+    assert!(sequences.len() == 1 || spent <= limit(budget) && different <= max_tokens);
     let oldest = waiting.keys().next().unwrap();
     assert!(tickets(batch).contains(oldest));
 }
@@ -188,8 +207,13 @@ proptest! {
     /// Every ticket that is not cancelled is computed once, within the number of batches that the
     /// documentation of [`Scheduler`] gives, in batches that keep to the budget.
     #[test]
-    fn everything_is_computed_once_and_in_time(events in events(), budget in budget()) {
-        let mut scheduler = Scheduler::new(budget, WINDOW);
+    fn everything_is_computed_once_and_in_time(
+        events in events(),
+        budget in budget(),
+        times in 1..4usize,
+    ) {
+        let max_tokens = times * limit(budget);
+        let mut scheduler = Scheduler::new(budget, WINDOW).with_max_tokens(max_tokens);
         let mut waiting: BTreeMap<Ticket, Waits> = BTreeMap::new();
         let mut pushed = Vec::new();
         let drain = std::iter::repeat_n(Event::Batch, events.len());
@@ -214,7 +238,7 @@ proptest! {
                         continue;
                     };
                     let tokens = waiting.iter().map(|(&t, w)| (t, w.tokens.clone())).collect();
-                    check(&batch, budget, &tokens);
+                    check(&batch, budget, max_tokens, &tokens);
                     for ticket in tickets(&batch) {
                         waiting.remove(&ticket);
                     }
@@ -231,8 +255,13 @@ proptest! {
 
     /// Less than a batch waits for its window, a batch or more does not.
     #[test]
-    fn only_what_could_grow_waits(events in events(), budget in budget()) {
-        let mut scheduler = Scheduler::new(budget, WINDOW);
+    fn only_what_could_grow_waits(
+        events in events(),
+        budget in budget(),
+        times in 1..4usize,
+    ) {
+        let max_tokens = times * limit(budget);
+        let mut scheduler = Scheduler::new(budget, WINDOW).with_max_tokens(max_tokens);
         let mut waiting: BTreeMap<Ticket, Tokens> = BTreeMap::new();
         for event in events {
             match event {
@@ -249,14 +278,15 @@ proptest! {
             }
         }
         let different: HashSet<&Tokens> = waiting.values().collect();
+        let tokens: usize = different.iter().map(|s| s.len()).sum();
         let cost = match budget {
             Budget::UniqueTokens(_) => prefixes(different),
-            Budget::Tokens(_) => different.into_iter().map(|s| s.len()).sum(),
+            Budget::Tokens(_) => tokens,
         };
         let next = scheduler.next(ms(0));
         if waiting.is_empty() {
             prop_assert_eq!(next, Next::Idle);
-        } else if cost < limit(budget) {
+        } else if cost < limit(budget) && tokens < max_tokens {
             prop_assert_eq!(next, Next::WaitUntil(WINDOW));
         } else {
             prop_assert!(matches!(next, Next::Run(_)));
