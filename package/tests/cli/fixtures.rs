@@ -112,21 +112,24 @@ pub fn stderr(output: &Output) -> String {
 
 /// Tokens as the fixture's tokenizer makes them: bytes, then the end token.
 pub fn tokens(text: &str) -> Vec<u32> {
-    let alphabet = alphabet();
     let mut tokens: Vec<u32> = text
         .bytes()
-        .map(|byte| {
+        .map(|symbol| {
             // Printable ASCII stands for itself in the byte-level alphabet.
-            let symbol = match byte {
+            byte(match symbol {
                 b' ' => 'Ġ',
                 b'\n' => 'Ċ',
-                byte => char::from(byte),
-            };
-            alphabet.iter().position(|&c| c == symbol).unwrap() as u32
+                symbol => char::from(symbol),
+            })
         })
         .collect();
-    tokens.push(alphabet.len() as u32);
+    tokens.push(alphabet().len() as u32);
     tokens
+}
+
+/// The token of a byte, as the byte-level alphabet spells it.
+pub fn byte(symbol: char) -> u32 {
+    alphabet().iter().position(|&c| c == symbol).unwrap() as u32
 }
 
 /// The embedding of one text, computed alone and unfolded.

@@ -1,10 +1,12 @@
 //! `radix-mlp serve`: embeddings and reranking over HTTP, with what clients share computed once.
 
 mod api;
+mod capacity;
 mod connection;
 mod error;
 mod guard;
 mod model;
+mod openapi;
 mod queue;
 mod routes;
 mod telemetry;
@@ -13,15 +15,16 @@ mod tests;
 mod tokenize;
 
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::IntoResponse;
 use axum::{Router, routing};
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
+use radix_mlp::qwen3::Qwen3Model;
 use radix_mlp::text::{TextEncoder, reranker};
 use radix_mlp::{Budget, Scheduler};
 use tokio::net::TcpListener;
@@ -36,16 +39,24 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use super::embed::PoolingChoice;
 use super::engine::{FoldChoice, ModelArgs, positive};
+use capacity::Capacity;
 use error::ApiError;
 use guard::Guard;
-use model::{FoldRule, Prompts, ServedModel, YesNo};
+use model::{FoldRule, Prompts, ServedModel, Task, YesNo};
 use queue::{Compute, Queue, Want};
 use routes::App;
 
-/// Inputs whose answers may be in memory at the same time, of all requests.
+/// Inputs of one request.
 const MAX_INPUTS: usize = 1 << 16;
 /// Bytes of requests in progress.
 const MAX_BYTES: u32 = 1 << 27;
+/// Tokens of requests in progress: some 30 bytes each in the queue and in a batch's fold.
+const MAX_TOKENS: usize = 1 << 24;
+/// Numbers in answers: four bytes each, and some 12 as JSON.
+const MAX_VALUES: usize = 1 << 25;
+/// Tokens of a batch, shared or not, for each of `--max-batch-tokens`: what a shared token takes is
+/// 30 bytes and a nanosecond of its fold, next to nothing beside a token that is computed.
+const TOKENS_PER_BATCH_TOKEN: usize = 128;
 /// Connections for each request that is computed: some are idle.
 const CONNECTIONS_PER_REQUEST: usize = 2;
 
@@ -94,7 +105,7 @@ pub struct Args {
     max_client_batch_size: usize,
 
     /// Cut texts that are longer than the model's context where a request does not say
-    #[arg(long, env = "RADIX_MLP_AUTO_TRUNCATE")]
+    #[arg(long, env = "RADIX_MLP_AUTO_TRUNCATE", value_parser = BoolishValueParser::new())]
     auto_truncate: bool,
 
     /// How the states of a text's tokens become its embedding [default: what the model's directory
@@ -102,11 +113,16 @@ pub struct Args {
     #[arg(long, value_enum, env = "RADIX_MLP_POOLING")]
     pooling: Option<PoolingChoice>,
 
+    /// What the model is served for [default: what its directory says, or any]
+    #[arg(long, value_enum, env = "RADIX_MLP_TASK")]
+    task: Option<Task>,
+
     /// Key that clients must send: authorization: Bearer KEY. The environment hides it from `ps`
     #[arg(
         long,
         value_name = "KEY",
         env = "RADIX_MLP_API_KEY",
+        value_parser = NonEmptyStringValueParser::new(),
         hide_env_values = true
     )]
     api_key: Option<String>,
@@ -157,14 +173,6 @@ fn part(text: &str) -> Result<f64, String> {
     }
 }
 
-#[derive(OpenApi)]
-#[openapi(info(
-    title = "radix-mlp",
-    description = "Embeddings and reranking with shared prefixes computed once.",
-    license(name = "MIT", identifier = "MIT")
-))]
-struct Api;
-
 /// All routes behind their guard.
 fn router(app: Arc<App>, guard: &Arc<Guard>) -> Router {
     let computing = OpenApiRouter::new()
@@ -174,15 +182,21 @@ fn router(app: Arc<App>, guard: &Arc<Guard>) -> Router {
         .routes(routes!(routes::tokenize))
         // Where clients of Hugging Face's inference API post to.
         .route("/", routing::post(routes::embed))
-        .layer(DefaultBodyLimit::max(guard.payload_limit as usize))
+        // The guard has its own.
+        .layer(DefaultBodyLimit::disable())
         .layer(from_fn_with_state(guard.clone(), guard::admit))
+        .layer(from_fn_with_state(guard.clone(), guard::authorize))
+        .layer(from_fn(guard::count));
+    let described = OpenApiRouter::new()
         .routes(routes!(routes::info))
         .layer(from_fn_with_state(guard.clone(), guard::authorize));
-    let (router, api) = OpenApiRouter::with_openapi(Api::openapi())
+    let (router, mut api) = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .merge(computing)
+        .merge(described)
         .routes(routes!(routes::health))
         .routes(routes!(routes::metrics))
         .split_for_parts();
+    openapi::complete(&mut api);
     let failed =
         |_: Box<dyn std::any::Any + Send>| ApiError::backend("internal error").into_response();
     router
@@ -214,7 +228,7 @@ impl Args {
             api_key: self.api_key.clone(),
             requests: Arc::new(Semaphore::new(self.max_concurrent_requests)),
             timeout: Duration::from_secs(self.request_timeout),
-            bytes: Arc::new(Semaphore::new(MAX_BYTES as usize)),
+            bytes: Capacity::new(MAX_BYTES as usize, "bytes"),
             payload_limit: self.payload_limit,
         }
     }
@@ -228,40 +242,81 @@ impl Args {
         }
     }
 
-    fn info(&self, model: &ServedModel) -> api::Info {
-        let directory: &Path = &self.model.model;
-        let name = directory.file_name().unwrap_or(directory.as_os_str());
+    fn info(&self, model: &ServedModel, task: Task) -> api::Info {
+        let (model_id, model_sha) = model::name(&self.model.model);
+        let config = model.model.config();
+        let embedding = api::EmbeddingModel {
+            pooling: model::pooling_name(model.pooling),
+            dimensions: config.hidden_size,
+        };
         api::Info {
-            model_id: name.to_string_lossy().into_owned(),
+            model_id,
+            model_sha,
             model_dtype: self.model.dtype().name(),
             model_type: api::ModelType {
-                embedding: api::EmbeddingModel {
-                    pooling: model::pooling_name(model.pooling),
-                    dimensions: model.model.config().hidden_size,
-                },
+                embedding: (task != Task::Rerank).then_some(embedding),
+                reranker: model.answers.map(|_| api::RerankerModel {
+                    id2label: [("0".to_owned(), "yes".to_owned())].into(),
+                    label2id: [("yes".to_owned(), 0)].into(),
+                }),
             },
             max_concurrent_requests: self.max_concurrent_requests,
-            max_input_length: model.model.config().max_position_embeddings,
+            max_input_length: config.max_position_embeddings,
             max_batch_tokens: self.max_batch_tokens,
+            max_batch_requests: None,
             max_client_batch_size: self.max_client_batch_size,
             auto_truncate: self.auto_truncate,
+            tokenization_workers: rayon::current_num_threads(),
             version: env!("CARGO_PKG_VERSION"),
         }
+    }
+
+    /// Which routes make sense, and the tokens that score where pairs do.
+    fn task(
+        &self,
+        model: &Qwen3Model,
+        encoder: &TextEncoder,
+    ) -> anyhow::Result<(Task, Option<YesNo>)> {
+        let directory = &self.model.model;
+        let task = self.task.map_or_else(|| model::task(directory), Ok)?;
+        let answers = answers(encoder).filter(|_| model.has_head());
+        match (task, answers) {
+            (Task::Embed, _) => Ok((task, None)),
+            (Task::Rerank, None) => bail!(
+                "{} is no reranker: it has no LM head or no \"yes\" and \"no\"",
+                directory.display()
+            ),
+            (Task::Any, Some(_)) if self.task.is_none() => {
+                tracing::warn!(
+                    "the model's directory does not say what it was trained for: it is served for \
+                     embeddings and for reranking, one of which is likely to mean nothing (--task)"
+                );
+                Ok((task, answers))
+            }
+            _ => Ok((task, answers)),
+        }
+    }
+
+    fn scheduler(&self) -> Scheduler {
+        let tokens = self.max_batch_tokens.saturating_mul(TOKENS_PER_BATCH_TOKEN);
+        Scheduler::new(self.budget(), Duration::from_millis(self.batch_window))
+            .with_max_tokens(tokens)
     }
 
     /// Loads the model and starts to compute what is put into the queue.
     fn app(&self) -> anyhow::Result<App> {
         let (model, encoder) = self.model.load()?;
         let prompts = Prompts::load(&self.model.model)?;
+        let (task, answers) = self.task(&model, &encoder)?;
         let pooling = match self.pooling {
             Some(pooling) => pooling.into(),
             None => model::pooling(&self.model.model)?,
         };
-        let answers = answers(&encoder).filter(|_| model.has_head());
         let pair_prompt = answers.map(|_| encoder.prompt(reranker::BEFORE, reranker::AFTER));
         let model = ServedModel {
             model,
             rule: self.rule(),
+            batch_tokens: self.max_batch_tokens,
             pooling,
             answers,
         };
@@ -271,17 +326,17 @@ impl Args {
         };
         let warm_up = model.compute(&[[0].into()], &[vec![want]]);
         warm_up.context("the model does not run")?;
-        let (info, vocab_size) = (self.info(&model), model.model.config().vocab_size);
-        let window = Duration::from_millis(self.batch_window);
+        let (info, vocab_size) = (self.info(&model, task), model.model.config().vocab_size);
         Ok(App {
-            queue: Arc::new(Queue::start(Scheduler::new(self.budget(), window), model)?),
+            queue: Arc::new(Queue::start(self.scheduler(), model)?),
             encoder,
             prompts,
             pair_prompt: pair_prompt.transpose()?,
             vocab_size,
             info,
-            inputs: Arc::new(Semaphore::new(MAX_INPUTS)),
-            tokenizing: Semaphore::new(self.payload_limit as usize),
+            tokens: Capacity::new(MAX_TOKENS, "tokens"),
+            values: Capacity::new(MAX_VALUES, "numbers of answers"),
+            tokenizing: Arc::new(Semaphore::new(self.payload_limit as usize)),
             tokenizing_bytes: self.payload_limit as usize,
             metrics: telemetry::install()?,
         })

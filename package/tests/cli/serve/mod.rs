@@ -1,6 +1,7 @@
 //! `radix-mlp serve` as a process on the loopback interface.
 
 mod clients;
+mod load;
 mod refusals;
 mod reliability;
 mod routes;
@@ -8,14 +9,16 @@ mod sharing;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use ureq::http::Response;
+use ureq::http::{HeaderName, Response};
 use ureq::{Agent, Body};
 
-use super::fixtures::Fixture;
+use super::fixtures::{Fixture, HIDDEN};
 
 /// What a test waits for at most: long enough for a busy machine.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -25,6 +28,8 @@ struct Server {
     process: Child,
     url: String,
     agent: Agent,
+    /// What /docs says of the routes.
+    api: OnceLock<Value>,
 }
 
 impl Server {
@@ -52,6 +57,7 @@ impl Server {
             process,
             url,
             agent: config.build().into(),
+            api: OnceLock::new(),
         }
     }
 
@@ -68,7 +74,27 @@ impl Server {
 
     fn post(&self, route: &str, body: &Value) -> Response<Body> {
         let request = self.agent.post(format!("{}{route}", self.url));
-        request.send_json(body).unwrap()
+        let response = request.send_json(body).unwrap();
+        self.check_documented(route, &response);
+        response
+    }
+
+    /// Every status and every header of our own is in the description of its route.
+    fn check_documented(&self, route: &str, response: &Response<Body>) {
+        let api = self.api.get_or_init(|| {
+            let request = self.agent.get(format!("{}/api-doc/openapi.json", self.url));
+            request.call().unwrap().body_mut().read_json().unwrap()
+        });
+        let route = if route == "/" { "/embed" } else { route };
+        let status = response.status();
+        let documented = &api["paths"][route]["post"]["responses"][status.as_str()];
+        assert!(documented.is_object(), "{route} answers {status}");
+        for name in response.headers().keys().map(HeaderName::as_str) {
+            if name.starts_with("x-") || name == "retry-after" {
+                let header = &documented["headers"][name];
+                assert!(header.is_object(), "{route} answers {status} with {name}");
+            }
+        }
     }
 
     /// The JSON of what must succeed.
@@ -163,6 +189,32 @@ fn vector(value: &Value) -> Vec<f32> {
 
 fn vectors(value: &Value) -> Vec<Vec<f32>> {
     value.as_array().unwrap().iter().map(vector).collect()
+}
+
+/// The Python that has the packages of the public clients, where there is one.
+fn python() -> Option<PathBuf> {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");
+    let python = std::env::var_os("RADIX_MLP_PYTHON").map_or(default, PathBuf::from);
+    if python.exists() {
+        return Some(python);
+    }
+    println!("skipped: no {} (set RADIX_MLP_PYTHON)", python.display());
+    None
+}
+
+/// A request for the embedding of "a", as it goes over the wire.
+fn request() -> String {
+    let body = serde_json::json!({"inputs": "a"}).to_string();
+    let length = body.len();
+    format!(
+        "POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    )
+}
+
+fn is_well(server: &Server) {
+    let found = server.ok("/embed", &serde_json::json!({"inputs": "a"}));
+    assert_eq!(found[0].as_array().unwrap().len(), HIDDEN);
 }
 
 /// What the server sends until it closes the connection.

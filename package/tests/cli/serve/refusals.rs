@@ -171,16 +171,30 @@ fn a_key_is_needed_where_there_is_one() {
         None,
         Some("Bearer secre"),
         Some("Bearer secret2"),
+        Some("Basic secret"),
+        Some("Bearer"),
         Some("secret"),
     ] {
         assert_eq!(embed(wrong), 401);
     }
-    assert_eq!(embed(Some("Bearer secret")), 200);
+    for scheme in ["Bearer", "bearer", "BEARER"] {
+        assert_eq!(embed(Some(&format!("{scheme} secret"))), 200);
+    }
+    for route in ["/", "/embed", "/rerank", "/tokenize"] {
+        let (status, error) = server.refused(route, &json!({}));
+        assert_eq!(
+            (status, &error["error_type"]),
+            (401, &json!("Unauthorized"))
+        );
+    }
     let (status, error) = server.refused("/v1/embeddings", &json!({"input": "a"}));
     assert_eq!((status, &error["type"]), (401, &json!("Unauthorized")));
-    // Whoever watches the server needs none.
-    server.get("/health");
-    server.get("/metrics");
+    let info = server.agent.get(format!("{}/info", server.url));
+    assert_eq!(info.call().unwrap().status(), 401);
+    // Whoever watches the server needs none, nor who reads how to use it.
+    for open in ["/health", "/metrics", "/docs/", "/api-doc/openapi.json"] {
+        server.get(open);
+    }
 }
 
 #[test]
@@ -195,6 +209,53 @@ fn a_model_without_head_does_not_score() {
     server.ok("/embed", &json!({"inputs": "a"}));
     let (status, error) = server.refused("/rerank", &json!({"query": "q", "texts": ["a"]}));
     assert_eq!((status, &error["error_type"]), (422, &json!("Validation")));
+    let error = fixture.fail(&["serve", "-m", "model", "--task", "rerank"]);
+    assert!(error.contains("is no reranker"), "{error}");
+}
+
+#[test]
+fn a_model_answers_what_it_was_trained_for() {
+    let fixture = Fixture::new();
+    let rerank = json!({"query": "q", "texts": ["a"]});
+    let embed = json!({"inputs": "a"});
+    let kinds = |server: &Server| -> Vec<String> {
+        let info: Value = serde_json::from_str(&server.get("/info")).unwrap();
+        info["model_type"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect()
+    };
+    let both = Server::start(&fixture, &[]);
+    assert_eq!(kinds(&both), ["embedding", "reranker"]);
+    both.ok("/rerank", &rerank);
+
+    let scores = Server::start(&fixture, &["--task", "rerank"]);
+    assert_eq!(kinds(&scores), ["reranker"]);
+    scores.ok("/rerank", &rerank);
+    assert_eq!(scores.refused("/embed", &embed).0, 422);
+    assert_eq!(
+        scores.refused("/v1/embeddings", &json!({"input": "a"})).0,
+        422
+    );
+
+    let saved = "model/config_sentence_transformers.json";
+    fixture.write(saved, r#"{"model_type": "CrossEncoder"}"#);
+    assert_eq!(kinds(&Server::start(&fixture, &[])), ["reranker"]);
+    std::fs::remove_file(fixture.path(saved)).unwrap();
+
+    std::fs::create_dir(fixture.path("model/1_Pooling")).unwrap();
+    fixture.write(
+        "model/1_Pooling/config.json",
+        r#"{"pooling_mode": "lasttoken"}"#,
+    );
+    let embeddings = Server::start(&fixture, &[]);
+    assert_eq!(kinds(&embeddings), ["embedding"]);
+    embeddings.ok("/embed", &embed);
+    let (status, error) = embeddings.refused("/rerank", &rerank);
+    assert_eq!((status, &error["error_type"]), (422, &json!("Validation")));
+    Server::start(&fixture, &["--task", "any"]).ok("/rerank", &rerank);
 }
 
 #[test]
@@ -207,6 +268,8 @@ fn options_that_make_no_sense_are_refused() {
         ["--max-client-batch-size", "70000"],
         ["--request-timeout", "0"],
         ["--host", "nowhere"],
+        ["--api-key", ""],
+        ["--task", "translate"],
     ] {
         let output = fixture.run(&[&["serve", "-m", "model"], &options[..]].concat());
         assert_eq!(output.status.code(), Some(2), "{options:?}");

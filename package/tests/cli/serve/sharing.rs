@@ -98,6 +98,26 @@ fn a_large_request_is_split_into_batches() {
 }
 
 #[test]
+fn a_batch_that_is_not_folded_keeps_to_its_tokens_too() {
+    let fixture = Fixture::new();
+    // Filled by unique tokens, and then shared too little for the threshold.
+    let options = ["--max-batch-tokens", "128", "--radix-mlp-threshold", "0.01"];
+    let (server, model) = (Server::start(&fixture, &options), fixture.model());
+    let texts: Vec<String> = (10..50).map(|n| format!("{}{n}", "x".repeat(40))).collect();
+    let found = vectors(&server.ok("/embed", &json!({"inputs": texts})));
+    for (found, text) in found.iter().zip(&texts) {
+        assert_close(
+            found,
+            &embed_alone(&model, &tokens(text), Pooling::LastToken),
+        );
+    }
+    // 40 texts of 43 tokens, 124 of them unique; unfolded, two texts fit.
+    assert_eq!(server.metric("radix_mlp_forward_tokens_count"), 20.0);
+    assert_eq!(server.metric("radix_mlp_forward_tokens_sum"), 40.0 * 43.0);
+    assert_eq!(server.metric("te_batch_next_size_count"), 1.0);
+}
+
+#[test]
 fn embeddings_and_scores_share_a_batch() {
     let fixture = Fixture::new();
     let alone = Server::start(&fixture, &[]);

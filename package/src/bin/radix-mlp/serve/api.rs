@@ -1,5 +1,7 @@
 //! The JSON of text-embeddings-inference 1.9 and of OpenAI's embeddings.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -70,6 +72,14 @@ pub struct RerankRequest {
     /// Send the texts back
     #[serde(default)]
     pub return_text: bool,
+}
+
+impl RerankRequest {
+    /// Bytes of the texts, each with its own copy of the query.
+    pub fn pair_bytes(&self) -> usize {
+        let texts = self.texts.iter().map(String::len).sum::<usize>();
+        texts.saturating_add(self.query.len().saturating_mul(self.texts.len()))
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -159,26 +169,43 @@ pub struct OpenAiResponse {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Info {
     pub model_id: String,
+    /// Revision, where the directory is one of Hugging Face's cache
+    pub model_sha: Option<String>,
     pub model_dtype: &'static str,
+    /// What the server answers with: embeddings, scores or both
     pub model_type: ModelType,
     pub max_concurrent_requests: usize,
     /// Longest sequence in tokens
     pub max_input_length: usize,
     pub max_batch_tokens: usize,
+    /// Null: tokens bound a batch, not requests
+    pub max_batch_requests: Option<usize>,
     pub max_client_batch_size: usize,
     pub auto_truncate: bool,
+    /// Threads that make tokens, which are those that compute
+    pub tokenization_workers: usize,
     pub version: &'static str,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ModelType {
-    pub embedding: EmbeddingModel,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embedding: Option<EmbeddingModel>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reranker: Option<RerankerModel>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct EmbeddingModel {
     pub pooling: &'static str,
     pub dimensions: usize,
+}
+
+/// As text-embeddings-inference tells of classifiers: names of what is scored.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct RerankerModel {
+    pub id2label: BTreeMap<String, String>,
+    pub label2id: BTreeMap<String, usize>,
 }
 
 fn yes() -> bool {

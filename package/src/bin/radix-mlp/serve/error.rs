@@ -1,8 +1,11 @@
 //! What a client is told when a request fails, in the forms of text-embeddings-inference and OpenAI.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::rejection::JsonRejection;
-use axum::http::StatusCode;
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use radix_mlp::text::TextError;
 use serde::Serialize;
@@ -76,9 +79,15 @@ impl ApiError {
         )
     }
 
-    pub fn timeout(seconds: u64) -> Self {
-        let message = format!("not done within {seconds} s");
+    pub fn timeout(time: Duration) -> Self {
+        let message = format!("not done within {} s", time.as_secs());
         Self::new(StatusCode::GATEWAY_TIMEOUT, ErrorType::Overloaded, message)
+    }
+
+    /// A body that its client does not send.
+    pub fn slow(time: Duration) -> Self {
+        let message = format!("the body did not come within {} s", time.as_secs());
+        Self::new(StatusCode::REQUEST_TIMEOUT, ErrorType::Overloaded, message)
     }
 
     pub fn backend(message: impl Into<String>) -> Self {
@@ -112,7 +121,6 @@ impl ApiError {
         }
     }
 
-    #[cfg(test)]
     pub fn status(&self) -> StatusCode {
         self.status
     }
@@ -124,8 +132,20 @@ impl ApiError {
             code: self.status.as_u16(),
             kind: self.kind,
         };
-        (self.status, Json(body)).into_response()
+        answer(self.status, body)
     }
+}
+
+/// Seconds after which a client may try again: most requests take less.
+const RETRY_AFTER_SECONDS: u16 = 1;
+
+fn answer(status: StatusCode, body: impl Serialize) -> Response {
+    let mut response = (status, Json(body)).into_response();
+    if status == StatusCode::TOO_MANY_REQUESTS {
+        let value = HeaderValue::from(RETRY_AFTER_SECONDS);
+        response.headers_mut().insert(RETRY_AFTER, value);
+    }
+    response
 }
 
 impl From<JsonRejection> for ApiError {
@@ -161,7 +181,7 @@ impl IntoResponse for ApiError {
             error: self.message.clone(),
             error_type: self.kind,
         };
-        let mut response = (self.status, Json(body)).into_response();
+        let mut response = answer(self.status, body);
         response.extensions_mut().insert(self);
         response
     }

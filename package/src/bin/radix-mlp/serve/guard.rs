@@ -6,7 +6,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::StatusCode;
 use axum::http::header::AUTHORIZATION;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -15,6 +16,7 @@ use http_body_util::BodyExt;
 use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::capacity::Capacity;
 use super::connection::PATIENCE;
 use super::error::ApiError;
 use super::telemetry;
@@ -23,8 +25,8 @@ use super::telemetry;
 pub struct Guard {
     pub api_key: Option<String>,
     pub requests: Arc<Semaphore>,
-    /// One permit for each byte of a request in progress.
-    pub bytes: Arc<Semaphore>,
+    /// For the bytes of bodies, from when they come until their requests are answered.
+    pub bytes: Capacity,
     pub timeout: Duration,
     /// Most bytes of a body.
     pub payload_limit: u32,
@@ -36,8 +38,43 @@ impl Guard {
             return true;
         };
         let given = request.headers().get(AUTHORIZATION);
-        let given = given.and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
-        given.is_some_and(|given| given.ct_eq(key.as_bytes()).into())
+        let Some((scheme, given)) = given.and_then(|value| value.to_str().ok()?.split_once(' '))
+        else {
+            return false;
+        };
+        let given = given.trim_start().as_bytes();
+        scheme.eq_ignore_ascii_case("Bearer") && given.ct_eq(key.as_bytes()).into()
+    }
+
+    /// A request's body, within limits of size and time.
+    async fn read(&self, body: &mut Body) -> Result<(Vec<u8>, OwnedSemaphorePermit), ApiError> {
+        let size = body.size_hint().lower();
+        self.check_size(size)?;
+        let mut room = self.bytes.take(0)?;
+        let mut read = Vec::new();
+        loop {
+            let frame = tokio::time::timeout(PATIENCE, body.frame()).await;
+            let frame = match frame.map_err(|_| ApiError::slow(PATIENCE))? {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => return Err(ApiError::validation(error.to_string())),
+                None => return Ok((read, room)),
+            };
+            if let Ok(data) = frame.into_data() {
+                self.check_size((read.len() + data.len()) as u64)?;
+                self.bytes.extend(&mut room, data.len())?;
+                read.extend_from_slice(&data);
+            }
+        }
+    }
+
+    fn check_size(&self, size: u64) -> Result<(), ApiError> {
+        let limit = self.payload_limit;
+        match size > u64::from(limit) {
+            true => Err(ApiError::too_large(format!(
+                "{size} bytes are more than the {limit} of --payload-limit"
+            ))),
+            false => Ok(()),
+        }
     }
 }
 
@@ -45,57 +82,53 @@ impl Guard {
 pub async fn authorize(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
     match guard.knows(&request) {
         true => next.run(request).await,
-        false => refuse(request, ApiError::unauthorized()).await,
+        false => refuse(request.into_body(), ApiError::unauthorized()).await,
     }
 }
 
 /// Answers before the request is used, but not before it is sent: a client that still sends would
 /// find its connection closed, and no answer.
-async fn refuse(request: Request, error: ApiError) -> Response {
-    let mut body = request.into_body();
+async fn refuse(mut body: Body, error: ApiError) -> Response {
     let discard = async { while let Some(Ok(_)) = body.frame().await {} };
     // Whoever takes longer gets the answer now, and a closed connection.
     let _ = tokio::time::timeout(PATIENCE, discard).await;
     error.into_response()
 }
 
-/// Room that an answer takes until it is sent, handed over in the extensions of a response.
+/// Room that a request or its answer takes, held where either goes: in the extensions of both, and
+/// by what is computed for it.
 #[derive(Clone)]
 pub struct Room(
-    /// Held, never read.
-    #[expect(dead_code)]
-    Arc<OwnedSemaphorePermit>,
+    #[expect(dead_code, reason = "held until it is dropped")] Arc<[OwnedSemaphorePermit]>,
 );
 
-impl Room {
-    pub fn new(permit: OwnedSemaphorePermit) -> Self {
-        Self(Arc::new(permit))
+impl<const N: usize> From<[OwnedSemaphorePermit; N]> for Room {
+    fn from(permits: [OwnedSemaphorePermit; N]) -> Self {
+        Self(Arc::new(permits))
     }
 }
 
-/// Lets as many requests pass as there is room for, each for a limited time.
+/// Lets as many requests pass as there is room for, each for a limited time. Only requests that have
+/// come whole take part: one that is slow to come is in nobody's way.
 pub async fn admit(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    let (size, limit) = (request.body().size_hint(), guard.payload_limit);
-    let least = size.lower();
-    if least > u64::from(limit) {
-        let message = format!("{least} bytes are more than the {limit} of --payload-limit");
-        return refuse(request, ApiError::too_large(message)).await;
-    }
-    // A body that does not tell its size may have any.
-    let bytes = size.exact().map_or(limit, |bytes| bytes as u32);
-    let requests = guard.requests.clone().try_acquire_owned();
-    let bytes = guard.bytes.clone().try_acquire_many_owned(bytes);
-    let (Ok(request_permit), Ok(bytes_permit)) = (requests, bytes) else {
-        return refuse(
-            request,
-            ApiError::overloaded("too many requests: try again"),
-        )
-        .await;
+    let (parts, mut body) = request.into_parts();
+    let read = tokio::time::timeout(guard.timeout, guard.read(&mut body)).await;
+    let (bytes, bytes_room) = match read.unwrap_or_else(|_| Err(ApiError::slow(guard.timeout))) {
+        Ok(read) => read,
+        Err(error) if error.status() == StatusCode::REQUEST_TIMEOUT => {
+            return error.into_response();
+        }
+        Err(error) => return refuse(body, error).await,
     };
+    let Ok(request_room) = guard.requests.clone().try_acquire_owned() else {
+        return ApiError::overloaded("too many requests: try again").into_response();
+    };
+    let room = Room::from([request_room, bytes_room]);
+    let mut request = Request::from_parts(parts, Body::from(bytes));
+    request.extensions_mut().insert(room.clone());
     let answer = tokio::time::timeout(guard.timeout, next.run(request)).await;
-    let mut response =
-        answer.unwrap_or_else(|_| ApiError::timeout(guard.timeout.as_secs()).into_response());
-    let mut rooms = vec![Room::new(request_permit), Room::new(bytes_permit)];
+    let mut response = answer.unwrap_or_else(|_| ApiError::timeout(guard.timeout).into_response());
+    let mut rooms = vec![room];
     rooms.extend(response.extensions_mut().remove::<Room>());
     response.map(|body| {
         Body::new(Held {
@@ -149,6 +182,17 @@ impl HttpBody for Held {
         // Asked for before the first frame, when nothing is left over.
         self.body.size_hint()
     }
+}
+
+/// Counts requests, however they are answered.
+pub async fn count(path: MatchedPath, request: Request, next: Next) -> Response {
+    telemetry::request(match path.as_str() {
+        "/v1/embeddings" => "openai",
+        "/rerank" => "rerank",
+        "/tokenize" => "tokenize",
+        _ => "embed",
+    });
+    next.run(request).await
 }
 
 /// Counts errors, and gives those on OpenAI's routes the form that its clients read.

@@ -1,16 +1,23 @@
 //! The model behind the queue, and what its directory says about prompts and pooling.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use radix_mlp::qwen3::{FoldLevel, Pooling, Qwen3Model};
-use radix_mlp::{Fold, Tokens};
+use candle_core::{Device, Tensor};
+use radix_mlp::qwen3::{
+    FoldLevel, HiddenStates, Pooling, Qwen3Model, normalize, truncate_dimensions,
+};
+use radix_mlp::{Budget, Fold, Tokens, plan_batches};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::queue::{Compute, Computed, Want};
+use super::telemetry;
 use crate::engine::{FoldChoice, fold};
+
+const SENTENCE_TRANSFORMERS_CONFIG: &str = "config_sentence_transformers.json";
+const POOLING_CONFIG: &str = "1_Pooling/config.json";
 
 /// When a batch is folded.
 #[derive(Clone, Copy, Debug)]
@@ -40,54 +47,127 @@ pub struct YesNo {
 pub struct ServedModel {
     pub model: Qwen3Model,
     pub rule: FoldRule,
+    /// Most rows that go through the model at once.
+    pub batch_tokens: usize,
     pub pooling: Pooling,
     pub answers: Option<YesNo>,
 }
 
 impl Compute for ServedModel {
     fn compute(&self, sequences: &[Tokens], wants: &[Vec<Want>]) -> anyhow::Result<Computed> {
-        let fold = fold(sequences.iter().map(|tokens| &tokens[..]))?;
-        let level = self.rule.level(&self.model, &fold);
-        let states = self.model.forward(&fold, level)?;
-        let embeddings = match wants.iter().flatten().any(|want| *want != Want::Score) {
-            true => states.pool(self.pooling)?.to_vec2()?,
-            false => Vec::new(),
+        #[cfg(debug_assertions)]
+        panic_where_told(sequences);
+        let batch = fold(sequences.iter().map(|tokens| &tokens[..]))?;
+        let level = self.rule.level(&self.model, &batch);
+        let values = match level == FoldLevel::None && batch.num_tokens() > self.batch_tokens {
+            false => self.pass(&batch, level, wants)?,
+            true => self.passes(sequences, wants)?,
         };
-        let scores = match (
-            self.answers,
-            wants.iter().flatten().any(|want| *want == Want::Score),
-        ) {
-            (Some(YesNo { yes, no }), true) => self.model.yes_logits(&states, yes, no)?,
-            (None, true) => bail!("the tokenizer has no \"yes\" and \"no\" to score with"),
-            (_, false) => Vec::new(),
-        };
-        let value = |sequence: usize, want: &Want| match *want {
-            Want::Score => vec![scores[sequence]],
-            Want::Embedding {
-                normalize,
-                dimensions,
-            } => finish(&embeddings[sequence], normalize, dimensions),
-        };
-        let values = wants.iter().enumerate();
         Ok(Computed {
-            values: values
-                .map(|(s, wants)| wants.iter().map(|w| value(s, w)).collect())
-                .collect(),
+            values,
             folded: level != FoldLevel::None,
         })
     }
 }
 
-/// The first `dimensions` of an embedding, scaled to length 1 where that is asked for.
-fn finish(embedding: &[f32], normalize: bool, dimensions: Option<usize>) -> Vec<f32> {
-    let kept = &embedding[..dimensions.unwrap_or(embedding.len())];
-    let norm = kept.iter().map(|x| x * x).sum::<f32>().sqrt();
-    let scale = if normalize && norm > 0.0 {
-        norm.recip()
-    } else {
-        1.0
-    };
-    kept.iter().map(|x| x * scale).collect()
+/// Panics in a batch that has this token. A test of a whole process has no other way to make a model
+/// panic that is not wrong; release builds do not have this one.
+#[cfg(debug_assertions)]
+fn panic_where_told(sequences: &[Tokens]) {
+    let token = std::env::var("RADIX_MLP_TEST_PANIC_TOKEN").ok();
+    let token: Option<u32> = token.and_then(|token| token.parse().ok());
+    let told = token.is_some_and(|token| sequences.iter().any(|ids| ids.contains(&token)));
+    assert!(!told, "told to panic");
+}
+
+impl ServedModel {
+    /// The values of a batch that was filled by unique tokens and turns out not to be folded.
+    fn passes(
+        &self,
+        sequences: &[Tokens],
+        wants: &[Vec<Want>],
+    ) -> anyhow::Result<Vec<Vec<Vec<f32>>>> {
+        let mut values = vec![Vec::new(); sequences.len()];
+        for part in plan_batches(sequences, Budget::Tokens(self.batch_tokens)) {
+            let members = &part.sequences;
+            let batch = fold(members.iter().map(|&s| &sequences[s][..]))?;
+            let wants: Vec<Vec<Want>> = members.iter().map(|&s| wants[s].clone()).collect();
+            let found = self.pass(&batch, FoldLevel::None, &wants)?;
+            for (&s, found) in members.iter().zip(found) {
+                values[s] = found;
+            }
+        }
+        Ok(values)
+    }
+
+    /// The values of each sequence, by one forward pass.
+    fn pass(
+        &self,
+        batch: &Fold,
+        level: FoldLevel,
+        wants: &[Vec<Want>],
+    ) -> anyhow::Result<Vec<Vec<Vec<f32>>>> {
+        telemetry::pass(match level {
+            FoldLevel::None => batch.num_tokens(),
+            FoldLevel::Mlp | FoldLevel::Full => batch.num_nodes(),
+        });
+        let states = self.model.forward(batch, level)?;
+        let mut askers: HashMap<Want, Vec<usize>> = HashMap::new();
+        for (sequence, wants) in wants.iter().enumerate() {
+            for &want in wants {
+                askers.entry(want).or_default().push(sequence);
+            }
+        }
+        let mut found = HashMap::new();
+        for (want, askers) in askers {
+            let values = self.values(&states, want, &askers)?;
+            found.extend(askers.into_iter().map(|s| (s, want)).zip(values));
+        }
+        let values = wants.iter().enumerate();
+        let values =
+            values.map(|(s, wants)| wants.iter().map(|&w| found[&(s, w)].clone()).collect());
+        Ok(values.collect())
+    }
+
+    /// What is wanted of these sequences.
+    fn values(
+        &self,
+        states: &HiddenStates<'_>,
+        want: Want,
+        sequences: &[usize],
+    ) -> anyhow::Result<Vec<Vec<f32>>> {
+        let scores = |scores: Vec<f32>| sequences.iter().map(|&s| vec![scores[s]]).collect();
+        match (want, self.answers) {
+            (Want::Logit, Some(YesNo { yes, no })) => {
+                Ok(scores(self.model.yes_logits(states, yes, no)?))
+            }
+            (Want::Probability, Some(YesNo { yes, no })) => {
+                Ok(scores(self.model.yes_probabilities(states, yes, no)?))
+            }
+            (Want::Logit | Want::Probability, None) => {
+                bail!("the tokenizer has no \"yes\" and \"no\" to score with")
+            }
+            (
+                Want::Embedding {
+                    normalize: unit,
+                    dimensions,
+                },
+                _,
+            ) => {
+                let rows: Vec<u32> = sequences.iter().map(|&s| s as u32).collect();
+                let pooled = states.pool(self.pooling)?.to_device(&Device::Cpu)?;
+                let rows = Tensor::from_vec(rows, sequences.len(), &Device::Cpu)?;
+                let mut embeddings = pooled.index_select(&rows, 0)?;
+                if let Some(dimensions) = dimensions {
+                    embeddings = truncate_dimensions(&embeddings, dimensions)?;
+                }
+                if unit {
+                    embeddings = normalize(&embeddings)?;
+                }
+                Ok(embeddings.to_vec2()?)
+            }
+        }
+    }
 }
 
 /// Texts that are put before inputs, by name.
@@ -103,7 +183,7 @@ impl Prompts {
     /// Reads `config_sentence_transformers.json`, which a model may have.
     pub fn load(directory: &Path) -> anyhow::Result<Self> {
         let prompts: Self =
-            read_json(&directory.join("config_sentence_transformers.json"))?.unwrap_or_default();
+            read_json(&directory.join(SENTENCE_TRANSFORMERS_CONFIG))?.unwrap_or_default();
         if let Some(name) = &prompts.default_prompt_name {
             prompts.get(Some(name)).map_err(anyhow::Error::msg)?;
         }
@@ -123,36 +203,108 @@ impl Prompts {
     }
 }
 
-/// The part of sentence-transformers' `1_Pooling/config.json` that models of this kind use.
+/// What sentence-transformers' `1_Pooling/config.json` says: since version 6 one name or several,
+/// before that a flag for each.
 #[derive(Deserialize)]
 struct PoolingConfig {
-    #[serde(default)]
-    pooling_mode_cls_token: bool,
-    #[serde(default)]
-    pooling_mode_mean_tokens: bool,
-    #[serde(default)]
-    pooling_mode_lasttoken: bool,
+    pooling_mode: Option<Names>,
+    #[serde(flatten)]
+    flags: BTreeMap<String, serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Names {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl PoolingConfig {
+    fn names(self) -> Vec<String> {
+        match self.pooling_mode {
+            Some(Names::One(name)) => vec![name],
+            Some(Names::Several(names)) => names,
+            None => {
+                let on = self.flags.into_iter().filter(|(_, value)| *value == true);
+                let names = on.filter_map(|(flag, _)| {
+                    let name = flag.strip_prefix("pooling_mode_")?;
+                    Some(
+                        name.trim_end_matches("_tokens")
+                            .trim_end_matches("_token")
+                            .to_owned(),
+                    )
+                });
+                names.collect()
+            }
+        }
+    }
 }
 
 /// The pooling that the model's directory names; the last token's where it names none.
 pub fn pooling(directory: &Path) -> anyhow::Result<Pooling> {
-    let path = directory.join("1_Pooling").join("config.json");
+    let path = directory.join(POOLING_CONFIG);
     let Some(config) = read_json::<PoolingConfig>(&path)? else {
         return Ok(Pooling::LastToken);
     };
-    let PoolingConfig {
-        pooling_mode_cls_token: cls,
-        pooling_mode_mean_tokens: mean,
-        pooling_mode_lasttoken: last,
-    } = config;
-    match (cls, mean, last) {
-        (true, false, false) => Ok(Pooling::Cls),
-        (false, true, false) => Ok(Pooling::Mean),
-        (false, false, true) => Ok(Pooling::LastToken),
+    let names = config.names();
+    match names.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["cls"] => Ok(Pooling::Cls),
+        ["mean"] => Ok(Pooling::Mean),
+        ["lasttoken"] => Ok(Pooling::LastToken),
         _ => bail!(
-            "{} names no single pooling of cls, mean and last token: give --pooling",
+            "{} names {names:?}, not one of cls, mean and lasttoken: give --pooling",
             path.display()
         ),
+    }
+}
+
+/// What a model is served for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Task {
+    /// Embeddings
+    Embed,
+    /// Scores of pairs
+    Rerank,
+    /// Both: whoever asks knows what the model was trained for
+    Any,
+}
+
+/// What the model's directory says that it was trained for. Rerankers with a language model's head
+/// look like any language model, so that the answer is `Any` for them.
+pub fn task(directory: &Path) -> anyhow::Result<Task> {
+    #[derive(Default, Deserialize)]
+    struct Config {
+        model_type: Option<String>,
+        #[serde(default)]
+        architectures: Vec<String>,
+    }
+    let read = |name: &str| read_json::<Config>(&directory.join(name));
+    let saved = read(SENTENCE_TRANSFORMERS_CONFIG)?.unwrap_or_default();
+    match saved.model_type.as_deref() {
+        Some("SentenceTransformer") => return Ok(Task::Embed),
+        Some("CrossEncoder") => return Ok(Task::Rerank),
+        _ => {}
+    }
+    let architectures = read("config.json")?.unwrap_or_default().architectures;
+    // `Qwen3Model` is the model without a head, whatever weights the file has.
+    let headless = architectures.iter().any(|name| name == "Qwen3Model");
+    match headless || directory.join(POOLING_CONFIG).exists() {
+        true => Ok(Task::Embed),
+        false => Ok(Task::Any),
+    }
+}
+
+/// Name and revision of a model: those of Hugging Face's cache where its directory is in there.
+pub fn name(directory: &Path) -> (String, Option<String>) {
+    let mut names = directory.ancestors().map(|path| {
+        let name = path.file_name().unwrap_or(path.as_os_str());
+        name.to_string_lossy().into_owned()
+    });
+    let own = names.next().unwrap_or_default();
+    let (above, repository) = (names.next(), names.next().unwrap_or_default());
+    match repository.strip_prefix("models--") {
+        Some(name) if above.as_deref() == Some("snapshots") => (name.replace("--", "/"), Some(own)),
+        _ => (own, None),
     }
 }
 

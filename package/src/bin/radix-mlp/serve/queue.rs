@@ -13,14 +13,16 @@ use super::error::ApiError;
 use super::telemetry;
 
 /// What becomes of a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Want {
     Embedding {
         normalize: bool,
         dimensions: Option<usize>,
     },
     /// By how much its logit of "yes" exceeds that of "no".
-    Score,
+    Logit,
+    /// The probability of "yes" against "no".
+    Probability,
 }
 
 /// The values of a batch, and what they cost.
@@ -87,6 +89,7 @@ impl Queue {
             .spawn({
                 let shared = shared.clone();
                 move || {
+                    let _ended = Ended(&shared);
                     while let Some(running) = shared.next_batch() {
                         running.compute(&compute);
                     }
@@ -114,7 +117,7 @@ impl Queue {
         let (pending, replies) = self.submit(sequences, want)?;
         let mut answers = Vec::with_capacity(replies.len());
         for reply in replies {
-            // The sender is only dropped without an answer when the worker is gone.
+            // A worker that ends drops the senders of all that it has not answered.
             answers.push(reply.await.map_err(|_| ApiError::unhealthy())??);
         }
         drop(pending);
@@ -150,7 +153,7 @@ impl Queue {
         Ok((pending, replies))
     }
 
-    /// Computes what waits, and ends.
+    /// Computes what waits, and ends. Nothing is taken from now on.
     pub fn close(&self) {
         self.shared.lock().closed = true;
         self.shared.arrived.notify_one();
@@ -178,11 +181,23 @@ impl Drop for Pending<'_> {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         for &ticket in &self.tickets {
-            if state.scheduler.cancel(ticket) {
-                state.jobs.remove(&ticket);
+            if state.jobs.remove(&ticket).is_some() {
+                state.scheduler.cancel(ticket);
             }
         }
         telemetry::queue_length(state.jobs.len());
+    }
+}
+
+/// Refuses what waits and what comes when the worker ends, however it does.
+struct Ended<'q>(&'q Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.closed = true;
+        state.jobs.clear();
+        telemetry::queue_length(0);
     }
 }
 

@@ -3,27 +3,31 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Json;
 use axum::extract::{FromRequest, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use metrics_exporter_prometheus::PrometheusHandle;
 use radix_mlp::text::{Prompt, TextEncoder};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 use super::api::{
     EmbedRequest, EncodingFormat, Info, OpenAiEmbedding, OpenAiRequest, OpenAiResponse,
     OpenAiUsage, OpenAiVector, Rank, RerankRequest, TextInput, Token, TokenizeRequest,
     TruncationDirection,
 };
-use super::error::{ApiError, ErrorBody, OpenAiErrorBody};
+use super::capacity::Capacity;
+use super::error::{ApiError, ErrorBody};
 use super::guard::Room;
 use super::model::Prompts;
 use super::queue::{Answer, Queue, Want};
 use super::telemetry;
 use super::tokenize::{Tokenized, tokenized};
+
+/// What an input takes beside its values, in as many values: its place in the queue, its ticket.
+const LEAST_VALUES: usize = 64;
 
 /// What all requests share.
 pub struct App {
@@ -34,10 +38,12 @@ pub struct App {
     pub pair_prompt: Option<Prompt>,
     pub vocab_size: usize,
     pub info: Info,
-    /// One permit for each input whose answer is in memory.
-    pub inputs: Arc<Semaphore>,
+    /// For token ids of requests in progress.
+    pub tokens: Capacity,
+    /// For the numbers of answers.
+    pub values: Capacity,
     /// One permit for each byte that is tokenized: a tokenizer takes some 150 bytes for each.
-    pub tokenizing: Semaphore,
+    pub tokenizing: Arc<Semaphore>,
     pub tokenizing_bytes: usize,
     pub metrics: PrometheusHandle,
 }
@@ -53,36 +59,41 @@ struct Done {
     tokens: usize,
     headers: HeaderMap,
     /// Held until the answer is sent.
-    permit: OwnedSemaphorePermit,
+    room: Room,
 }
 
 impl Done {
     /// The values of each input, and what goes with them.
     fn into_parts(self) -> (Vec<Vec<f32>>, Reply) {
         let values = self.answers.into_iter().map(|answer| answer.values);
-        (values.collect(), Reply(self.headers, self.permit))
+        (values.collect(), Reply(self.headers, self.room))
     }
 }
 
 /// The headers of an answer, and the room that it takes.
-struct Reply(HeaderMap, OwnedSemaphorePermit);
+struct Reply(HeaderMap, Room);
 
 impl Reply {
     fn with<T: serde::Serialize>(self, body: &T) -> Response {
         let mut response = (self.0, Json(body)).into_response();
-        response.extensions_mut().insert(Room::new(self.1));
+        response.extensions_mut().insert(self.1);
         response
     }
 }
 
 impl App {
-    fn check_dimensions(&self, dimensions: Option<usize>) -> Result<(), ApiError> {
-        let most = self.info.model_type.embedding.dimensions;
+    /// Numbers of an embedding, where the model makes embeddings of so many.
+    fn dimensions(&self, dimensions: Option<usize>) -> Result<usize, ApiError> {
+        let Some(model) = &self.info.model_type.embedding else {
+            let message = "the model makes no embeddings: see --task, and model_type of /info";
+            return Err(ApiError::validation(message));
+        };
+        let most = model.dimensions;
         match dimensions {
             Some(wanted) if wanted == 0 || wanted > most => Err(ApiError::validation(format!(
                 "dimensions must be between 1 and {most}, got {wanted}"
             ))),
-            _ => Ok(()),
+            wanted => Ok(wanted.unwrap_or(most)),
         }
     }
 
@@ -91,16 +102,13 @@ impl App {
         start: Instant,
         tokenized: Tokenized,
         want: Want,
+        values: usize,
     ) -> Result<Done, ApiError> {
         let count = tokenized.sequences.len();
-        let permit = self.inputs.clone().try_acquire_many_owned(count as u32);
-        let permit = permit.map_err(|_| {
-            ApiError::overloaded(format!(
-                "there is no room for {count} more inputs: try again"
-            ))
-        })?;
+        let room = self.values.take(count * values.max(LEAST_VALUES))?;
         let tokens = tokenized.sequences.iter().map(Vec::len).sum();
         let answers = self.queue.compute(tokenized.sequences, want).await?;
+        drop(tokenized.room);
         let longest =
             |of: fn(&Answer) -> Duration| answers.iter().map(of).max().unwrap_or_default();
         let queued = longest(|answer| answer.queued);
@@ -124,7 +132,7 @@ impl App {
             answers,
             tokens,
             headers,
-            permit,
+            room: Room::from([room]),
         })
     }
 }
@@ -150,30 +158,25 @@ fn check_direction(direction: TruncationDirection) -> Result<(), ApiError> {
 /// Embeddings of one or several inputs
 #[utoipa::path(post, path = "/embed", request_body = EmbedRequest, responses(
     (status = 200, description = "Embeddings, in the order of the inputs", body = Vec<Vec<f32>>),
-    (status = 400, description = "Nothing to embed", body = ErrorBody),
-    (status = 413, description = "More bytes or inputs than are taken at once", body = ErrorBody),
-    (status = 422, description = "Not a valid request, or a text too long", body = ErrorBody),
-    (status = 424, description = "The model failed", body = ErrorBody),
-    (status = 429, description = "Too many requests", body = ErrorBody),
 ))]
 pub async fn embed(
     State(app): State<Arc<App>>,
+    Extension(admitted): Extension<Room>,
     Body(request): Body<EmbedRequest>,
 ) -> Result<Response, ApiError> {
     let start = Instant::now();
-    telemetry::request("embed");
     check_direction(request.truncation_direction)?;
-    app.check_dimensions(request.dimensions)?;
+    let values = app.dimensions(request.dimensions)?;
     let want = Want::Embedding {
         normalize: request.normalize,
         dimensions: request.dimensions,
     };
     let bytes = request.inputs.bytes();
-    let tokenized = tokenized(app.clone(), bytes, move |app| {
+    let tokenized = tokenized(app.clone(), bytes, admitted, move |app| {
         let max = app.max_length(request.truncate);
         app.tokenize(request.inputs, request.prompt_name.as_deref(), max)
     });
-    let done = app.compute(start, tokenized.await?, want).await?;
+    let done = app.compute(start, tokenized.await?, want, values).await?;
     let (embeddings, reply) = done.into_parts();
     Ok(reply.with(&embeddings))
 }
@@ -181,39 +184,30 @@ pub async fn embed(
 /// How well texts answer a query, best first
 #[utoipa::path(post, path = "/rerank", request_body = RerankRequest, responses(
     (status = 200, description = "Texts by falling score", body = Vec<Rank>),
-    (status = 400, description = "No texts", body = ErrorBody),
-    (status = 413, description = "More bytes or texts than are taken at once", body = ErrorBody),
-    (status = 422, description = "Not a valid request, or a pair too long", body = ErrorBody),
-    (status = 424, description = "The model failed", body = ErrorBody),
-    (status = 429, description = "Too many requests", body = ErrorBody),
 ))]
 pub async fn rerank(
     State(app): State<Arc<App>>,
+    Extension(admitted): Extension<Room>,
     Body(request): Body<RerankRequest>,
 ) -> Result<Response, ApiError> {
     let start = Instant::now();
-    telemetry::request("rerank");
     check_direction(request.truncation_direction)?;
-    let texts = request.texts.iter().map(String::len);
-    let bytes = texts.sum::<usize>() + request.query.len() * request.texts.len();
-    let pairs = tokenized(app.clone(), bytes, |app| {
+    let bytes = request.pair_bytes();
+    let pairs = tokenized(app.clone(), bytes, admitted, |app| {
         Ok((app.tokenize_pairs(&request)?, request))
     });
     let (tokenized, mut request) = pairs.await?;
-    let done = app.compute(start, tokenized, Want::Score).await?;
+    let want = match request.raw_scores {
+        true => Want::Logit,
+        false => Want::Probability,
+    };
+    let done = app.compute(start, tokenized, want, 1).await?;
     let (scores, reply) = done.into_parts();
     let texts = std::mem::take(&mut request.texts);
-    let rank = |(index, (score, text)): (usize, (Vec<f32>, String))| {
-        let logit = score[0];
-        Rank {
-            index,
-            score: if request.raw_scores {
-                logit
-            } else {
-                (1.0 + (-logit).exp()).recip()
-            },
-            text: request.return_text.then_some(text),
-        }
+    let rank = |(index, (score, text)): (usize, (Vec<f32>, String))| Rank {
+        index,
+        score: score[0],
+        text: request.return_text.then_some(text),
     };
     let mut ranks: Vec<Rank> = scores
         .into_iter()
@@ -228,28 +222,23 @@ pub async fn rerank(
 /// Embeddings for clients of OpenAI
 #[utoipa::path(post, path = "/v1/embeddings", request_body = OpenAiRequest, responses(
     (status = 200, description = "Embeddings, in the order of the inputs", body = OpenAiResponse),
-    (status = 400, description = "Nothing to embed", body = OpenAiErrorBody),
-    (status = 413, description = "More bytes or inputs than are taken at once", body = OpenAiErrorBody),
-    (status = 422, description = "Not a valid request, or a text too long", body = OpenAiErrorBody),
-    (status = 424, description = "The model failed", body = OpenAiErrorBody),
-    (status = 429, description = "Too many requests", body = OpenAiErrorBody),
 ))]
 pub async fn openai_embeddings(
     State(app): State<Arc<App>>,
+    Extension(admitted): Extension<Room>,
     Body(request): Body<OpenAiRequest>,
 ) -> Result<Response, ApiError> {
     let start = Instant::now();
-    telemetry::request("openai");
-    app.check_dimensions(request.dimensions)?;
+    let values = app.dimensions(request.dimensions)?;
     let want = Want::Embedding {
         normalize: true,
         dimensions: request.dimensions,
     };
     let bytes = request.input.bytes();
-    let tokenized = tokenized(app.clone(), bytes, |app| {
+    let tokenized = tokenized(app.clone(), bytes, admitted, |app| {
         app.tokenize(request.input, None, app.max_length(None))
     });
-    let done = app.compute(start, tokenized.await?, want).await?;
+    let done = app.compute(start, tokenized.await?, want, values).await?;
     let tokens = done.tokens;
     let (embeddings, reply) = done.into_parts();
     let embedding = |(index, vector): (usize, Vec<f32>)| OpenAiEmbedding {
@@ -279,13 +268,12 @@ fn base64(vector: &[f32]) -> String {
 /// The tokens of texts
 #[utoipa::path(post, path = "/tokenize", request_body = TokenizeRequest, responses(
     (status = 200, description = "Tokens of each text", body = Vec<Vec<Token>>),
-    (status = 422, description = "Not a valid request", body = ErrorBody),
 ))]
 pub async fn tokenize(
     State(app): State<Arc<App>>,
+    Extension(admitted): Extension<Room>,
     Body(request): Body<TokenizeRequest>,
-) -> Result<Json<Vec<Vec<Token>>>, ApiError> {
-    telemetry::request("tokenize");
+) -> Result<Response, ApiError> {
     let texts = match request.inputs {
         TextInput::Text(text) => vec![text],
         TextInput::Texts(texts) => texts,
@@ -294,17 +282,11 @@ pub async fn tokenize(
     let prompt = app.prompts.get(request.prompt_name.as_deref());
     let prompt = prompt.map_err(ApiError::validation)?.to_owned();
     let bytes = texts.iter().map(String::len).sum();
-    let tokens = tokenized(app.clone(), bytes, move |app| {
-        let tokens = |text: String| {
-            let tokens = app
-                .encoder
-                .tokens(&(prompt.clone() + &text), request.add_special_tokens);
-            tokens.map(|tokens| tokens.into_iter().map(token).collect())
-        };
-        let tokens = texts.into_iter().map(tokens).collect::<Result<_, _>>();
-        tokens.map_err(|error| ApiError::of_text(&error))
+    let tokens = tokenized(app.clone(), bytes, admitted, move |app| {
+        app.tokens_of(&prompt, texts, request.add_special_tokens, token)
     });
-    Ok(Json(tokens.await?))
+    let (tokens, room) = tokens.await?;
+    Ok(Reply(HeaderMap::new(), Room::from([room])).with(&tokens))
 }
 
 fn token(token: radix_mlp::text::TextToken) -> Token {

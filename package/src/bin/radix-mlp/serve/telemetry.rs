@@ -41,6 +41,10 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
     describe_gauge!("te_queue_size", "Sequences that wait");
     describe_histogram!("te_batch_next_size", "Sequences in a batch");
     describe_histogram!("te_batch_next_tokens", "Tokens in a batch, shared or not");
+    describe_histogram!(
+        "radix_mlp_forward_tokens",
+        "Tokens that go through the model at once, those that are shared once where it folds"
+    );
     describe_counter!("radix_mlp_tokens", "Tokens asked for");
     describe_counter!(
         "radix_mlp_computed_tokens",
@@ -66,6 +70,10 @@ pub fn batch(batch: &Batch, folded: bool) {
     counter!("radix_mlp_tokens").increment(batch.tokens as u64);
     counter!("radix_mlp_computed_tokens").increment(computed as u64);
     tracing::debug!(sequences, tokens = batch.tokens, computed, "batch");
+}
+
+pub fn pass(tokens: usize) {
+    histogram!("radix_mlp_forward_tokens").record(tokens as f64);
 }
 
 pub fn request(route: &'static str) {

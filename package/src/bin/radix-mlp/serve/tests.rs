@@ -10,15 +10,33 @@ use radix_mlp::{Budget, Scheduler, Tokens};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use super::api::{EmbeddingModel, Info, ModelType};
+use super::api::{EmbeddingModel, Info, Input, ModelType};
+use super::capacity::Capacity;
 use super::connection::{self, Limits};
-use super::guard::Guard;
+use super::guard::{Guard, Room};
 use super::model::Prompts;
 use super::queue::{Compute, Computed, Queue, Want};
 use super::routes::App;
+use super::tokenize::tokenized;
+
+/// What a test waits for at most.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 const PANICS: u32 = 1;
 const FAILS: u32 = 2;
+const KILLS: u32 = 3;
+
+/// What kills the worker, which makes a message of it outside of all care for panics.
+#[derive(Debug)]
+struct Deadly;
+
+impl std::fmt::Display for Deadly {
+    fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        panic!("no message")
+    }
+}
+
+impl std::error::Error for Deadly {}
 
 /// A value of a sequence is its first token; each batch waits until it is let go.
 struct Scripted {
@@ -33,6 +51,7 @@ impl Compute for Scripted {
         let has = |token| sequences.iter().any(|tokens| tokens[0] == token);
         assert!(!has(PANICS), "told to panic");
         anyhow::ensure!(!has(FAILS), "told to fail");
+        anyhow::ensure!(!has(KILLS), Deadly);
         let values = sequences.iter().zip(wants);
         let values = values.map(|(tokens, wants)| vec![vec![tokens[0] as f32]; wants.len()]);
         Ok(Computed {
@@ -68,7 +87,7 @@ impl Bench {
     fn ask(&self, token: u32) -> tokio::task::JoinHandle<Result<f32, u16>> {
         let queue = self.queue.clone();
         tokio::spawn(async move {
-            let answers = queue.compute(vec![vec![token]], Want::Score).await;
+            let answers = queue.compute(vec![vec![token]], Want::Logit).await;
             answers
                 .map(|answers| answers[0].values[0])
                 .map_err(|error| error.status().as_u16())
@@ -76,9 +95,12 @@ impl Bench {
     }
 
     async fn until_batches(&self, count: usize) {
-        while self.batches.lock().unwrap().len() < count {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let batches = async {
+            while self.batches.lock().unwrap().len() < count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, batches).await.unwrap();
     }
 }
 
@@ -93,15 +115,15 @@ async fn a_batch_that_panics_or_fails_is_answered_and_the_next_one_runs() {
     }
 }
 
-/// A server on the loopback interface over a model that is always let go.
-async fn serve(bench: &Bench) -> String {
+/// What requests share, over the scripted model.
+fn app(bench: &Bench) -> App {
     let directory = tempfile::tempdir().unwrap();
     let tokenizer = directory.path().join("tokenizer.json");
     let words = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null,
         "post_processor": null, "decoder": null, "padding": null, "truncation": null,
         "model": {"type": "WordLevel", "vocab": {"a": 7}, "unk_token": "a"}}"#;
     std::fs::write(&tokenizer, words).unwrap();
-    let app = App {
+    App {
         queue: bench.queue.clone(),
         encoder: TextEncoder::from_file(&tokenizer).unwrap(),
         prompts: Prompts::default(),
@@ -109,29 +131,38 @@ async fn serve(bench: &Bench) -> String {
         vocab_size: 10,
         info: Info {
             model_id: String::new(),
+            model_sha: None,
             model_dtype: "float32",
             model_type: ModelType {
-                embedding: EmbeddingModel {
+                embedding: Some(EmbeddingModel {
                     pooling: "mean",
                     dimensions: 1,
-                },
+                }),
+                reranker: None,
             },
             max_concurrent_requests: 9,
             max_input_length: 9,
             max_batch_tokens: 9,
+            max_batch_requests: None,
+            tokenization_workers: 1,
             max_client_batch_size: 9,
             auto_truncate: false,
             version: "",
         },
-        inputs: Arc::new(Semaphore::new(9)),
-        tokenizing: Semaphore::new(9),
+        tokens: Capacity::new(20, "tokens"),
+        values: Capacity::new(9 * 64, "numbers of answers"),
+        tokenizing: Arc::new(Semaphore::new(9)),
         tokenizing_bytes: 9,
         metrics: PrometheusBuilder::new().build_recorder().handle(),
-    };
+    }
+}
+
+/// A server on the loopback interface over the scripted model.
+async fn serve(bench: &Bench) -> String {
     let guard = Arc::new(Guard {
         api_key: None,
         requests: Arc::new(Semaphore::new(9)),
-        bytes: Arc::new(Semaphore::new(1000)),
+        bytes: Capacity::new(1000, "bytes"),
         timeout: Duration::from_secs(60),
         payload_limit: 100,
     });
@@ -141,7 +172,7 @@ async fn serve(bench: &Bench) -> String {
         connections: 9,
         drain: Duration::from_secs(60),
     };
-    let router = super::router(Arc::new(app), &guard);
+    let router = super::router(Arc::new(app(bench)), &guard);
     tokio::spawn(connection::serve(
         listener,
         router,
@@ -227,6 +258,77 @@ async fn what_arrives_during_a_batch_is_the_next_one() {
         second.iter().map(|tokens| tokens[0]).collect::<Vec<_>>(),
         [20, 21, 22]
     );
+}
+
+#[tokio::test]
+async fn when_the_worker_dies_nobody_waits_for_it() {
+    let bench = bench();
+    let killer = bench.ask(KILLS);
+    bench.until_batches(1).await;
+    let waiting = bench.ask(5);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    bench.go.send(()).unwrap();
+    for asked in [killer, waiting, bench.ask(6)] {
+        let answer = tokio::time::timeout(DEADLINE, asked).await;
+        assert_eq!(answer.unwrap().unwrap(), Err(503));
+    }
+    bench.queue.close();
+    assert!(!bench.queue.is_alive());
+}
+
+#[tokio::test]
+async fn token_ids_in_progress_are_bounded() {
+    let app = app(&bench());
+    let max = app.max_length(None);
+    let ids = |sequences| Input::IdLists(vec![vec![1; 8]; sequences]);
+    let status = |sequences| {
+        let tokenized = app.tokenize(ids(sequences), None, max);
+        tokenized
+            .map(|_| ())
+            .map_err(|error| error.status().as_u16())
+    };
+    assert_eq!(status(3), Err(413));
+    let held = app.tokenize(ids(2), None, max).unwrap();
+    assert_eq!(status(1), Err(429));
+    drop(held);
+    assert_eq!(status(2), Ok(()));
+}
+
+#[tokio::test]
+async fn numbers_of_answers_are_bounded() {
+    let app = Capacity::new(100, "numbers of answers");
+    let status = |count| app.take(count).map_err(|error| error.status().as_u16());
+    assert_eq!(status(101).unwrap_err(), 413);
+    let held = status(60).unwrap();
+    assert_eq!(status(41).unwrap_err(), 429);
+    drop(held);
+    assert!(status(100).is_ok());
+}
+
+#[tokio::test]
+async fn texts_that_nobody_waits_for_keep_their_room_until_they_are_tokens() {
+    let app = Arc::new(app(&bench()));
+    let requests = Arc::new(Semaphore::new(1));
+    let admitted = Room::from([requests.clone().try_acquire_owned().unwrap()]);
+    let ((start, started), (go, wait)) = (channel(), channel::<()>());
+    let work = move |_: &App| {
+        start.send(()).unwrap();
+        wait.recv().unwrap();
+        Ok(())
+    };
+    let asked = tokio::spawn(tokenized(app.clone(), 9, admitted, work));
+    tokio::task::spawn_blocking(move || started.recv_timeout(DEADLINE).unwrap())
+        .await
+        .unwrap();
+    asked.abort();
+    assert!(asked.await.unwrap_err().is_cancelled());
+    assert_eq!(requests.available_permits(), 0);
+    assert_eq!(app.tokenizing.available_permits(), 0);
+    go.send(()).unwrap();
+    let free = tokio::time::timeout(DEADLINE, app.tokenizing.acquire_many(9)).await;
+    assert_eq!(free.unwrap().unwrap().num_permits(), 9);
+    let free = tokio::time::timeout(DEADLINE, requests.acquire()).await;
+    assert!(free.unwrap().is_ok());
 }
 
 #[tokio::test]

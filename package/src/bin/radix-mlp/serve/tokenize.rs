@@ -3,18 +3,29 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use radix_mlp::text::{MaxLength, TextError, reranker};
+use radix_mlp::text::{MaxLength, TextError, TextToken, reranker};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::api::{Input, RerankRequest};
 use super::error::ApiError;
+use super::guard::Room;
 use super::routes::App;
+
+/// Bytes of a request's pairs, each with its own copy of the query.
+const MAX_PAIR_BYTES: usize = 1 << 26;
+/// A token of `/tokenize` takes some 128 bytes until it is sent, an id four.
+const IDS_PER_TOKEN: usize = 32;
 
 /// Sequences of a request, and what it took to make them.
 pub struct Tokenized {
     pub sequences: Vec<Vec<u32>>,
     pub characters: usize,
     pub time: Duration,
+    /// For the tokens, held until they are computed.
+    pub room: OwnedSemaphorePermit,
 }
+
+type Encoded = Vec<Result<Vec<u32>, TextError>>;
 
 impl App {
     pub fn max_length(&self, truncate: Option<bool>) -> MaxLength {
@@ -47,17 +58,38 @@ impl App {
         }
     }
 
-    /// All sequences, or the first error.
-    fn all_of(
+    /// The sequences of `texts`, made of a limited number of bytes at a time until one fails.
+    fn encode(
         &self,
-        sequences: Vec<Result<Vec<u32>, TextError>>,
-    ) -> Result<Vec<Vec<u32>>, ApiError> {
-        let check = |sequence: Result<Vec<u32>, TextError>| {
-            let ids = sequence.map_err(|error| ApiError::of_text(&error))?;
-            self.check_ids(&ids)?;
-            Ok(ids)
-        };
-        sequences.into_iter().map(check).collect()
+        texts: impl Iterator<Item = String>,
+        encode: impl Fn(&[String]) -> Encoded,
+    ) -> Result<Tokenized, ApiError> {
+        let start = Instant::now();
+        let mut room = self.tokens.take(0)?;
+        let (mut sequences, mut characters) = (Vec::new(), 0);
+        let mut texts = texts.peekable();
+        while let Some(text) = texts.next() {
+            let mut bytes = text.len();
+            let mut chunk = vec![text];
+            while let Some(text) = texts.next_if(|text| bytes + text.len() <= self.tokenizing_bytes)
+            {
+                bytes += text.len();
+                chunk.push(text);
+            }
+            for ids in encode(&chunk) {
+                let ids = ids.map_err(|error| ApiError::of_text(&error))?;
+                self.check_ids(&ids)?;
+                self.tokens.extend(&mut room, ids.len())?;
+                sequences.push(ids);
+            }
+            characters += chunk.iter().map(|text| text.chars().count()).sum::<usize>();
+        }
+        Ok(Tokenized {
+            sequences,
+            characters,
+            time: start.elapsed(),
+            room,
+        })
     }
 
     /// The sequences of `input`.
@@ -67,7 +99,6 @@ impl App {
         prompt_name: Option<&str>,
         max: MaxLength,
     ) -> Result<Tokenized, ApiError> {
-        let start = Instant::now();
         let texts = match input {
             Input::Text(text) => vec![text],
             Input::Texts(texts) => texts,
@@ -75,20 +106,10 @@ impl App {
             Input::IdLists(lists) => return self.of_ids(lists, prompt_name, max),
         };
         self.check_count(texts.len())?;
-        let prompt = self
-            .prompts
-            .get(prompt_name)
-            .map_err(ApiError::validation)?;
-        let texts: Vec<String> = texts
-            .into_iter()
-            .map(|text| prompt.to_owned() + &text)
-            .collect();
-        let sequences = self.encoder.encode(&texts, max);
-        Ok(Tokenized {
-            sequences: self.all_of(sequences)?,
-            characters: characters(&texts),
-            time: start.elapsed(),
-        })
+        let prompt = self.prompts.get(prompt_name);
+        let prompt = prompt.map_err(ApiError::validation)?;
+        let texts = texts.into_iter().map(|text| prompt.to_owned() + &text);
+        self.encode(texts, |texts| self.encoder.encode(texts, max))
     }
 
     fn of_ids(
@@ -116,51 +137,72 @@ impl App {
             self.check_ids(ids)?;
         }
         Ok(Tokenized {
+            room: self.tokens.take(lists.iter().map(Vec::len).sum())?,
             sequences: lists,
             characters: 0,
             time: Duration::ZERO,
         })
     }
 
+    /// The pairs of the query and each text. Of a query that is too long by itself, none is made.
     pub fn tokenize_pairs(&self, request: &RerankRequest) -> Result<Tokenized, ApiError> {
-        let start = Instant::now();
         self.check_count(request.texts.len())?;
         let Some(prompt) = &self.pair_prompt else {
-            let message = "the model is no reranker: it has no LM head or no \"yes\" and \"no\"";
+            let message = "the model is no reranker: see --task, and model_type of /info";
             return Err(ApiError::validation(message));
         };
-        let query = &request.query;
-        let pair = |text: &String| reranker::pair(reranker::INSTRUCTION, query, text);
-        let pairs: Vec<String> = request.texts.iter().map(pair).collect();
         let max = self.max_length(request.truncate);
-        let sequences = self.encoder.encode_in_prompt(&pairs, prompt, max);
-        Ok(Tokenized {
-            sequences: self.all_of(sequences)?,
-            characters: characters(&pairs),
-            time: start.elapsed(),
-        })
+        let pair = |text: &str| reranker::pair(reranker::INSTRUCTION, &request.query, text);
+        let encode = |pairs: &[String]| self.encoder.encode_in_prompt(pairs, prompt, max);
+        self.encode(std::iter::once(pair("")), encode)?;
+        let bytes = request.pair_bytes();
+        if bytes > MAX_PAIR_BYTES {
+            let message =
+                format!("the query with each text makes {bytes} bytes, more than {MAX_PAIR_BYTES}");
+            return Err(ApiError::too_large(message));
+        }
+        self.encode(request.texts.iter().map(|text| pair(text)), encode)
+    }
+
+    /// The tokens of each of `texts` after `prompt`, and the room that they take until they are sent.
+    pub fn tokens_of<T>(
+        &self,
+        prompt: &str,
+        texts: Vec<String>,
+        special_tokens: bool,
+        token: impl Fn(TextToken) -> T,
+    ) -> Result<(Vec<Vec<T>>, OwnedSemaphorePermit), ApiError> {
+        let mut room = self.tokens.take(0)?;
+        let mut lists = Vec::with_capacity(texts.len());
+        for text in texts {
+            let tokens = self
+                .encoder
+                .tokens(&(prompt.to_owned() + &text), special_tokens);
+            let tokens = tokens.map_err(|error| ApiError::of_text(&error))?;
+            self.tokens
+                .extend(&mut room, tokens.len() * IDS_PER_TOKEN)?;
+            lists.push(tokens.into_iter().map(&token).collect());
+        }
+        Ok((lists, room))
     }
 }
 
-fn characters(texts: &[String]) -> usize {
-    texts.iter().map(|text| text.chars().count()).sum()
-}
-
-/// Makes tokens of `bytes` of text, beside the threads that serve connections.
+/// Makes tokens of `bytes` of text, beside the threads that serve connections. The request's room is
+/// held until that is done, even where nobody waits for it any more.
 pub async fn tokenized<T: Send + 'static>(
     app: Arc<App>,
     bytes: usize,
+    admitted: Room,
     work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let work = {
-        let app = app.clone();
-        move || work(&app)
-    };
     let bytes = bytes.min(app.tokenizing_bytes) as u32;
-    let room = app.tokenizing.acquire_many(bytes).await;
-    let result = match room {
-        Ok(_room) => tokio::task::spawn_blocking(work).await,
-        Err(_) => return Err(ApiError::unhealthy()),
+    let Ok(turn) = app.tokenizing.clone().acquire_many_owned(bytes).await else {
+        return Err(ApiError::unhealthy());
     };
+    let work = move || {
+        let _held = (admitted, turn);
+        work(&app)
+    };
+    let result = tokio::task::spawn_blocking(work).await;
     result.unwrap_or_else(|error| Err(ApiError::backend(error.to_string())))
 }
