@@ -2,6 +2,7 @@
 
 mod clients;
 mod load;
+mod options;
 mod refusals;
 mod reliability;
 mod routes;
