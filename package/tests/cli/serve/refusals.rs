@@ -271,7 +271,8 @@ fn options_that_make_no_sense_are_refused() {
         ["--api-key", ""],
         ["--task", "translate"],
     ] {
-        let output = fixture.run(&[&["serve", "-m", "model"], &options[..]].concat());
+        // Taken, they would end with another code, for there is no such model.
+        let output = fixture.run(&[&["serve", "-m", "absent"], &options[..]].concat());
         assert_eq!(output.status.code(), Some(2), "{options:?}");
     }
     let error = fixture.fail(&["serve", "-m", "absent"]);
