@@ -89,6 +89,15 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
+    /// As text-embeddings-inference calls what computes.
+    #[cfg(feature = "server")]
+    pub fn compute_type(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda(_) => "gpu",
+        }
+    }
+
     fn open(self) -> anyhow::Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),

@@ -333,6 +333,7 @@ impl Args {
             prompts,
             pair_prompt: pair_prompt.transpose()?,
             vocab_size,
+            compute_type: self.model.device.compute_type(),
             info,
             tokens: Capacity::new(MAX_TOKENS, "tokens"),
             values: Capacity::new(MAX_VALUES, "numbers of answers"),

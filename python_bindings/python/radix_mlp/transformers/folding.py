@@ -60,7 +60,7 @@ def fold(
 ) -> Module:
     """Make `model` fold each batch onto its prefix trie; change it in place and return it.
 
-    `model` is a causal decoder of transformers 5, with or without a head, or a module that holds one:
+    `model` is a causal decoder of transformers ≥ 5.17, with or without a head, or a module that holds one:
     a SentenceTransformer, a CrossEncoder, a PEFT model, a compiled model.
 
     It is called as before: `input_ids` [sequences, length] with an `attention_mask`, padded on either side, and

@@ -37,6 +37,8 @@ pub struct App {
     /// What surrounds a reranker's pairs; `None` where the model cannot score.
     pub pair_prompt: Option<Prompt>,
     pub vocab_size: usize,
+    /// What computes, as `x-compute-type` says it.
+    pub compute_type: &'static str,
     pub info: Info,
     /// For token ids of requests in progress.
     pub tokens: Capacity,
@@ -115,7 +117,7 @@ impl App {
         let inference = longest(|answer| answer.inference);
         telemetry::answered(start.elapsed(), tokenized.time, queued, inference);
         let milliseconds = |time: Duration| time.as_millis() as usize;
-        let headers = headers([
+        let mut headers = headers([
             ("x-total-time", milliseconds(start.elapsed())),
             ("x-compute-time", milliseconds(start.elapsed())),
             ("x-compute-characters", tokenized.characters),
@@ -128,6 +130,10 @@ impl App {
             ("x-queue-time", milliseconds(queued)),
             ("x-inference-time", milliseconds(inference)),
         ]);
+        headers.insert(
+            "x-compute-type",
+            HeaderValue::from_static(self.compute_type),
+        );
         Ok(Done {
             answers,
             tokens,
@@ -138,12 +144,10 @@ impl App {
 }
 
 fn headers<const N: usize>(values: [(&'static str, usize); N]) -> HeaderMap {
-    let mut headers: HeaderMap = values
+    values
         .into_iter()
         .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from(value)))
-        .collect();
-    headers.insert("x-compute-type", HeaderValue::from_static("cpu"));
-    headers
+        .collect()
 }
 
 fn check_direction(direction: TruncationDirection) -> Result<(), ApiError> {

@@ -129,6 +129,7 @@ fn app(bench: &Bench) -> App {
         prompts: Prompts::default(),
         pair_prompt: None,
         vocab_size: 10,
+        compute_type: "cpu",
         info: Info {
             model_id: String::new(),
             model_sha: None,
