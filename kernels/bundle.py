@@ -1,6 +1,6 @@
 """Builds what runs the model on CUDA elsewhere: `make cuda-bundle`.
 
-The bundle is a folder, and the same as .tar.gz, for any x86-64 Linux with a driver and CUDA 13's libraries:
+The bundle is a folder, and the same as .tar.xz, for any x86-64 Linux with a driver and CUDA 13's libraries:
 
 - radix-mlp: the command, with `--device cuda:N` and the server;
 - test: runs every test that needs a GPU and prints a summary (`test --sanitize` under compute-sanitizer);
@@ -46,7 +46,7 @@ def main() -> None:
         subprocess.run(["strip", place], check=True)
     shutil.copy2(ROOT / "kernels" / "bundle_test.sh", given.bundle / "test")
     shutil.copy2(ROOT / "package" / "tests" / "make_checkpoints.py", given.bundle / "tests")
-    print(shutil.make_archive(str(given.bundle), "gztar", given.bundle.parent, given.bundle.name))
+    print(shutil.make_archive(str(given.bundle), "xztar", given.bundle.parent, given.bundle.name))
 
 
 def cuda(toolkit: Path) -> dict[str, str]:
@@ -60,7 +60,9 @@ def cuda(toolkit: Path) -> dict[str, str]:
 
 def build(command: list[str], environment: dict[str, str]) -> Path:
     """What `cargo COMMAND` makes of the last target that can be run."""
-    cargo = ["cargo", *command, "--release", "--message-format=json-render-diagnostics"]
+    # Beside the builds without CUDA, whose programs have the same names.
+    apart = ["--target-dir", str(ROOT / "target" / "cuda-build")]
+    cargo = ["cargo", *command, "--release", *apart, "--message-format=json-render-diagnostics"]
     output = subprocess.run(cargo, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines()]
     return Path([message["executable"] for message in messages if message.get("executable")][-1])
