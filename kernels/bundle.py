@@ -37,7 +37,7 @@ def main() -> None:
         "forward": ["build", *radix_mlp, "--example", "forward"],
         "measure": ["build", *kernels, "--example", "measure"],
         "tests/kernels": ["test", "--no-run", *kernels, "--test", "kernels"],
-        "tests/model": ["test", "--no-run", *radix_mlp, "--test", "qwen3_transformers"],
+        "tests/qwen3_transformers": ["test", "--no-run", *radix_mlp, "--test", "qwen3_transformers"],
     }
     for name, command in programs.items():
         place = given.bundle / name
@@ -59,13 +59,15 @@ def cuda(toolkit: Path) -> dict[str, str]:
 
 
 def build(command: list[str], environment: dict[str, str]) -> Path:
-    """What `cargo COMMAND` makes of the last target that can be run."""
+    """What `cargo COMMAND` makes of the target that it ends with; for tests it makes the package's programs too."""
     # Beside the builds without CUDA, whose programs have the same names.
     apart = ["--target-dir", str(ROOT / "target" / "cuda-build")]
     cargo = ["cargo", *command, "--release", *apart, "--message-format=json-render-diagnostics"]
     output = subprocess.run(cargo, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines()]
-    return Path([message["executable"] for message in messages if message.get("executable")][-1])
+    made = [message for message in messages if message.get("executable")]
+    (executable,) = [message["executable"] for message in made if message["target"]["name"] == command[-1]]
+    return Path(executable)
 
 
 if __name__ == "__main__":
