@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_mlp import Fold
 from radix_mlp.torch import Head, cross_entropy, log_probs, next_token_labels
@@ -149,21 +151,50 @@ def test_a_branch_point_counts_each_label() -> None:
     assert_close(branch, expected)
 
 
-def test_logits_exist_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radix_mlp.torch.loss.MAX_LOGITS", 2 * VOCABULARY)
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+@pytest.mark.parametrize("limits", [{"MAX_LOGITS": 2 * VOCABULARY}, {"MIN_ROWS": 1, "MAX_SHARE": 0.4}, {"MIN_ROWS": 2}])
+def test_logits_exist_for_one_chunk_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, function: Any, limits: dict[str, float]
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(f"radix_mlp.torch.loss.{name}", value)
     fold, labels = packed(SEQUENCES, "depth_first")
-    hidden, head, _ = draw(fold, torch.float32, "plain")
-    seen: list[int] = []
+    hidden, head, leaves = draw(fold, torch.float32, "plain")
+    seen: list[tuple[int, StorageWeakRef]] = []
     logsumexp = Tensor.logsumexp
 
     def spy(logits: Tensor, dim: int) -> Tensor:
-        seen.append(len(logits))
+        assert all(earlier.expired() for _, earlier in seen)  # type: ignore[no-untyped-call]
+        seen.append((len(logits), StorageWeakRef(logits.untyped_storage())))  # type: ignore[no-untyped-call]
         return logsumexp(logits, dim)
 
     monkeypatch.setattr(Tensor, "logsumexp", spy)
-    cross_entropy(hidden, head, fold, labels)
+    loss = function(hidden, head, fold, labels).sum()
     # Rows that are followed by nothing have no logits.
-    assert seen == [2, 2, 1]
+    assert [rows for rows, _ in seen] == [2, 2, 1]
+    torch.autograd.grad(loss, leaves)
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shapes of what matrix products allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default:
+            self.shapes.add(result.shape)
+        return result
+
+
+def test_the_gradient_of_a_head_is_added_to_where_it_is() -> None:
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, _ = draw(fold, torch.float32, "plain")
+    with Products() as products:
+        cross_entropy(hidden, head, fold, labels)
+    assert products.shapes == {(5, VOCABULARY), (5, HIDDEN)}
 
 
 def test_frozen_heads_get_no_gradient() -> None:

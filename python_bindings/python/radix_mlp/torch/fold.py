@@ -70,12 +70,14 @@ def fold_tensors(fold: "_core.Fold", device: torch.device) -> FoldTensors:
     return FoldTensors(**to_device(arrays, device))
 
 
-def to_device(arrays: Mapping[str, NDArray[np.integer[Any]]], device: torch.device) -> dict[str, Tensor]:
-    """One-dimensional arrays as int32 tensors of `device`: one transfer, from pinned memory to CUDA.
+def to_device(
+    arrays: Mapping[str, NDArray[np.integer[Any]]], device: torch.device, dtype: torch.dtype = torch.int32
+) -> dict[str, Tensor]:
+    """One-dimensional arrays as tensors of `device`: one transfer, from pinned memory to CUDA.
 
     Raises ValueError where int32 cannot hold a value.
     """
-    packed = pack(arrays, pinned=device.type == "cuda").to(device, non_blocking=True)
+    packed = pack(arrays, dtype, pinned=device.type == "cuda").to(device, non_blocking=True)
     return sections(packed, {name: len(array) for name, array in arrays.items()})
 
 
@@ -93,16 +95,16 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def pack(arrays: Mapping[str, NDArray[np.integer[Any]]], *, pinned: bool) -> Tensor:
-    """One-dimensional arrays of values that are not negative, as `sections` of an int32 tensor of the CPU.
+def pack(arrays: Mapping[str, NDArray[np.integer[Any]]], dtype: torch.dtype = torch.int32, *, pinned: bool) -> Tensor:
+    """One-dimensional arrays of values that are not negative, as `sections` of one integer tensor of the CPU.
 
     Raises ValueError where int32 cannot hold a value.
     """
     sizes = {name: len(array) for name, array in arrays.items()}
-    packed = torch.empty(packed_size(sizes.values()), dtype=torch.int32, pin_memory=pinned)
+    packed = torch.empty(packed_size(sizes.values()), dtype=dtype, pin_memory=pinned)
     for array, part in zip(arrays.values(), sections(packed, sizes).values(), strict=True):
         np.copyto(part.numpy(), array, casting="unsafe")
-        if array.size and array.max() > np.iinfo(np.int32).max:
+        if dtype == torch.int32 and array.size and array.max() > np.iinfo(np.int32).max:
             raise ValueError(f"{array.max()} does not fit in an int32 tensor")
     return packed
 

@@ -10,7 +10,10 @@ one row of logits and one of gradients for each node, exactly what the copies wo
 one chunk of rows at a time.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +23,14 @@ from torch import Tensor
 
 from radix_mlp._host import to_host
 from radix_mlp.fold import Fold
+from radix_mlp.torch.fold import to_device
 from radix_mlp.torch.softmax import logsumexp, reads_logits, softmax_
 
 # Logits held at once: 1 GiB in float32.
 MAX_LOGITS = 1 << 28
+# And no more than a share of all, so that what a step takes follows its rows; but each chunk reads the head and its
+# gradient once, which takes longer than the products of fewer rows.
+MAX_SHARE, MIN_ROWS = 1 / 8, 512
 
 Reduction = Literal["mean", "sum"]
 
@@ -58,7 +65,8 @@ def cross_entropy(
 
     `hidden` is [rows, hidden] and `lm_head` a `Head` or its weight [vocabulary, hidden], or `hidden` is the
     logits [rows, vocabulary] and `lm_head` None. `labels` [N] are the tokens that should follow each token of original
-    space (`next_token_labels` makes them), `ignore_index` where none counts.
+    space (`next_token_labels` makes them), `ignore_index` where none counts. They are read on the host: those of an
+    accelerator make it wait for them.
 
     `weights` [N] and `sequence_weights` [sequences] scale each token's term, as an advantage does; they are
     constants, through which no gradient flows. "mean" divides the sum by the number of labels that count, whatever
@@ -125,7 +133,7 @@ class _Pairs:
     """The labels that count: of each its token, its sequence, its row's place in `rows`, and itself, in order of rows.
 
     `rows` are the rows that predict something, ascending; `bounds[k]` is where the labels of `rows[k]` start. Labels of
-    one row that are equal have one number in `distinct`.
+    one row that are equal have one number in `distinct`. Tensors are int64.
     """
 
     rows: Tensor
@@ -134,15 +142,34 @@ class _Pairs:
     places: Tensor
     labels: Tensor
     distinct: Tensor
-    bounds: list[int]
+    bounds: NDArray[np.intp]
+
+    def chunks(self, vocabulary: int) -> "Iterator[_Chunk]":
+        """All rows, a chunk at a time."""
+        share = max(MIN_ROWS, math.ceil(len(self.rows) * MAX_SHARE))
+        step = max(1, min(MAX_LOGITS // vocabulary, share))
+        for start in range(0, len(self.rows), step):
+            rows = self.rows[start : start + step]
+            own = slice(*self.bounds[[start, start + len(rows)]].tolist())
+            yield _Chunk(rows, self.places[own] - start, self.labels[own], own)
 
     def summed(self, weights: Tensor) -> Tensor:
         """For each label the weights of all that are equal to it."""
         return torch.zeros_like(weights).index_add_(0, self.distinct, weights)[self.distinct]
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Some of the rows that predict something, and which of all labels are theirs: of each its place in `rows`."""
+
+    rows: Tensor
+    places: Tensor
+    labels: Tensor
+    own: slice
+
+
 def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore_index: int) -> _Pairs:
-    vocabulary = hidden.shape[-1] if head is None else len(head.weight)
+    vocabulary = _vocabulary(hidden, head)
     if hidden.ndim != 2 or len(hidden) != fold.num_rows:
         raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
@@ -171,25 +198,19 @@ def _pairs(hidden: Tensor, head: Head | None, fold: Fold, labels: Tensor, ignore
         "labels": keys % vocabulary,
         "distinct": np.cumsum(distinct) - 1,
     }
-    packed = torch.from_numpy(np.concatenate(list(arrays.values()))).to(hidden.device)
-    parts = torch.split(packed, [len(array) for array in arrays.values()])
-    return _Pairs(bounds=[*starts.tolist(), len(tokens)], **dict(zip(arrays, parts, strict=True)))
+    return _Pairs(bounds=np.append(starts, len(tokens)), **to_device(arrays, hidden.device, torch.int64))
 
 
 def _first_of_each(ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.diff(ascending, prepend=-1) > 0
 
 
+def _vocabulary(hidden: Tensor, head: Head | None) -> int:
+    return hidden.shape[-1] if head is None else len(head.weight)
+
+
 def _precision(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def _chunks(pairs: _Pairs, vocabulary: int) -> list[tuple[slice, slice]]:
-    """Slices of rows of at most MAX_LOGITS logits, and of their labels."""
-    step = max(1, MAX_LOGITS // vocabulary)
-    starts = range(0, len(pairs.rows), step)
-    slices = [slice(start, min(start + step, len(pairs.rows))) for start in starts]
-    return [(rows, slice(pairs.bounds[rows.start], pairs.bounds[rows.stop])) for rows in slices]
 
 
 def _logits(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]:
@@ -256,11 +277,31 @@ class _Gradients:
             own = gradient if self.head is None else gradient @ self.head.weight
             self.hidden[rows] = own.to(self.hidden.dtype)
         if self.weight is not None:
-            self.weight += gradient.t() @ states
+            _add_product(self.weight, gradient.t(), states)
 
     def all(self) -> tuple[Tensor | None, ...]:
         """For hidden, weight and bias."""
         return self.hidden, self.weight, self.bias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to `total`, without a product of its size in memory where torch can do so."""
+    if total.dtype == b.dtype and not torch.is_autocast_enabled(b.device.type):
+        total.addmm_(a, b)
+    elif b.dtype in (torch.float16, torch.bfloat16) and _adds_to_float32(b.device, b.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` are added to float32 there: from torch 2.8 on, on CUDA."""
+    x = torch.ones(8, 8, dtype=dtype, device=device)
+    try:
+        return bool((torch.addmm(x.float(), x, x, out_dtype=torch.float32) == 9).all())
+    except (TypeError, RuntimeError):
+        return False
 
 
 def _scaled(gradient: Tensor | None, by: Tensor, like: Any) -> Tensor | None:
@@ -268,6 +309,52 @@ def _scaled(gradient: Tensor | None, by: Tensor, like: Any) -> Tensor | None:
     if gradient is None:
         return None
     return torch.mul(gradient, by.to(gradient.dtype), out=torch.empty_like(gradient, dtype=like))
+
+
+def _chunk_loss(
+    hidden: Tensor,
+    head: Head | None,
+    chunk: _Chunk,
+    weight: Tensor,
+    equal_weight: Tensor,
+    smoothing: float,
+    z_loss: float,
+    gradients: _Gradients | None,
+) -> Tensor:
+    """The loss of a chunk, whose gradients it adds; a function, at whose end its logits are freed."""
+    states = hidden[chunk.rows]
+    logits, slope = _logits(states, head)
+    lse = logsumexp(logits)
+    row_weight = torch.zeros_like(lse).index_add_(0, chunk.places, weight)
+    loss = (row_weight * (lse + z_loss * lse * lse)).sum()
+    loss -= (1 - smoothing) * (weight * logits[chunk.places, chunk.labels]).sum()
+    if smoothing:
+        loss -= smoothing * (row_weight * logits.mean(-1, dtype=lse.dtype)).sum()
+    if gradients is not None:
+        factor, shift = row_weight * (1 + 2 * z_loss * lse), row_weight * (smoothing / logits.shape[1])
+        added = equal_weight * (smoothing - 1)
+        gradient = _softmax_gradient(logits, lse, factor, shift, chunk.places, chunk.labels, added)
+        gradients.add(chunk.rows, states, gradient, slope)
+    return loss
+
+
+def _chunk_log_probs(hidden: Tensor, head: Head | None, chunk: _Chunk) -> Tensor:
+    """Those of the chunk's labels."""
+    logits, _ = _logits(hidden[chunk.rows], head)
+    return logits[chunk.places, chunk.labels] - logsumexp(logits)[chunk.places]
+
+
+def _chunk_log_probs_gradient(
+    hidden: Tensor, head: Head | None, chunk: _Chunk, upstream: Tensor, equal_upstream: Tensor, gradients: _Gradients
+) -> None:
+    """Adds what the chunk's labels send back."""
+    states = hidden[chunk.rows]
+    logits, slope = _logits(states, head)
+    lse = logsumexp(logits)
+    factor = -torch.zeros_like(lse).index_add_(0, chunk.places, upstream)
+    shift = torch.zeros_like(lse)
+    gradient = _softmax_gradient(logits, lse, factor, shift, chunk.places, chunk.labels, equal_upstream)
+    gradients.add(chunk.rows, states, gradient, slope)
 
 
 class _Loss(torch.autograd.Function):
@@ -283,26 +370,13 @@ class _Loss(torch.autograd.Function):
         smoothing: float,
         z_loss: float,
     ) -> Tensor:
-        precision = _precision(hidden)
         wants_gradient = any(ctx.needs_input_grad[:3])
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3]) if wants_gradient else None
-        loss = torch.zeros((), dtype=precision, device=hidden.device)
-        vocabulary = hidden.shape[1] if head is None else len(head.weight)
+        loss = torch.zeros((), dtype=_precision(hidden), device=hidden.device)
         equal_weight = pairs.summed(token_weight)
-        for rows, own in _chunks(pairs, vocabulary):
-            states = hidden[pairs.rows[rows]]
-            logits, slope = _logits(states, head)
-            lse = logsumexp(logits)
-            place, label, w = pairs.places[own] - rows.start, pairs.labels[own], token_weight[own]
-            row_weight = torch.zeros_like(lse).index_add_(0, place, w)
-            loss += (row_weight * (lse + z_loss * lse * lse)).sum() - (1 - smoothing) * (w * logits[place, label]).sum()
-            if smoothing:
-                loss -= smoothing * (row_weight * logits.mean(-1, dtype=precision)).sum()
-            if gradients is not None:
-                factor, shift = row_weight * (1 + 2 * z_loss * lse), row_weight * (smoothing / vocabulary)
-                added = equal_weight[own] * (smoothing - 1)
-                gradient = _softmax_gradient(logits, lse, factor, shift, place, label, added)
-                gradients.add(pairs.rows[rows], states, gradient, slope)
+        for chunk in pairs.chunks(_vocabulary(hidden, head)):
+            weights = token_weight[chunk.own], equal_weight[chunk.own]
+            loss += _chunk_loss(hidden, head, chunk, *weights, smoothing, z_loss, gradients)
         # Saved, so that they go with the graph: the weight's is float32 of the size of the head.
         ctx.save_for_backward(*((None,) * 3 if gradients is None else gradients.all()))
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -319,16 +393,12 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head | None, pairs: _Pairs
     ) -> Tensor:
-        result = torch.empty(len(pairs.tokens), dtype=_precision(hidden), device=hidden.device)
-        vocabulary = hidden.shape[1] if head is None else len(head.weight)
-        for rows, own in _chunks(pairs, vocabulary):
-            logits, _ = _logits(hidden[pairs.rows[rows]], head)
-            place = pairs.places[own] - rows.start
-            result[own] = logits[place, pairs.labels[own]] - logsumexp(logits)[place]
+        chunks = pairs.chunks(_vocabulary(hidden, head))
+        result = [_chunk_log_probs(hidden, head, chunk) for chunk in chunks]
         ctx.save_for_backward(hidden, weight, bias)
         ctx.head, ctx.pairs, device = head, pairs, hidden.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        return result
+        return torch.cat([hidden.new_empty(0, dtype=_precision(hidden)), *result])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -341,17 +411,9 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         head, pairs = ctx.head, ctx.pairs
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
-        vocabulary = hidden.shape[1] if head is None else len(head.weight)
         equal_weight = pairs.summed(upstream)
-        for rows, own in _chunks(pairs, vocabulary):
-            states = hidden[pairs.rows[rows]]
-            logits, slope = _logits(states, head)
-            lse = logsumexp(logits)
-            place, label = pairs.places[own] - rows.start, pairs.labels[own]
-            factor = -torch.zeros_like(lse).index_add_(0, place, upstream[own])
-            shift = torch.zeros_like(lse)
-            gradient = _softmax_gradient(logits, lse, factor, shift, place, label, equal_weight[own])
-            gradients.add(pairs.rows[rows], states, gradient, slope)
+        for chunk in pairs.chunks(_vocabulary(hidden, head)):
+            _chunk_log_probs_gradient(hidden, head, chunk, upstream[chunk.own], equal_weight[chunk.own], gradients)
         likes = (hidden, weight, bias)
         found = zip(gradients.all(), likes, strict=True)
         return (*(None if mine is None else mine.to(like.dtype) for mine, like in found), None, None)
