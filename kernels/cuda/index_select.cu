@@ -1,32 +1,38 @@
 // Rows by index: out[i] = x[ids[i]], whatever a row holds. A row is `units` units of sizeof(Unit) bytes.
 //
-// Neighbouring lanes copy neighbouring units; a row has `lanes` lanes, a power of two up to a warp's 32, and each lane
-// has four loads in flight. Up to three matrices are read in one launch, blockIdx.y of them.
+// `lanes` lanes, a power of two up to a warp's 32, copy a chunk of a row: 4 * lanes units, neighbours beside each other, each
+// lane with four loads in flight. The widest row has `chunks` chunks and a block copies one of each of its rows, so that a few
+// wide rows keep as many threads busy as many narrow ones. Up to three matrices are read in one launch, blockIdx.y of them.
 
 #include <cstdint>
 
 namespace {
 
 template <typename Unit, typename Id>
-__device__ void index_select(const Unit *x, const Id *ids, Unit *out, uint64_t num_ids, uint32_t units, uint32_t lanes) {
-    const uint32_t lane = threadIdx.x % lanes;
-    const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
-    if (row >= num_ids) {
+__device__ void index_select(const Unit *x, const Id *ids, Unit *out, uint64_t num_ids, uint32_t units, uint32_t lanes,
+                             uint32_t chunks) {
+    const uint32_t row_block = blockIdx.x / chunks, chunk = blockIdx.x - row_block * chunks;
+    const uint64_t row = uint64_t(row_block) * (blockDim.x / lanes) + threadIdx.x / lanes;
+    const uint64_t unit = uint64_t(chunk) * 4 * lanes + threadIdx.x % lanes;
+    // Rows that are not the widest may end before this chunk.
+    if (row >= num_ids || unit >= units) {
         return;
     }
-    const Unit *from = x + uint64_t(ids[row]) * units;
-    Unit *to = out + row * units;
-    uint32_t unit = lane;
-    for (; uint64_t(unit) + 3 * lanes < units; unit += 4 * lanes) {
-        const Unit a = __ldg(from + unit), b = __ldg(from + unit + lanes);
-        const Unit c = __ldg(from + unit + 2 * lanes), d = __ldg(from + unit + 3 * lanes);
-        to[unit] = a;
-        to[unit + lanes] = b;
-        to[unit + 2 * lanes] = c;
-        to[unit + 3 * lanes] = d;
+    const Unit *from = x + uint64_t(ids[row]) * units + unit;
+    Unit *to = out + row * units + unit;
+    const uint32_t left = units - uint32_t(unit);
+    // Guards on each load and store would do for all, but the compiler then puts stores between the loads.
+    if (left > 3 * lanes) {
+        const Unit a = __ldg(from), b = __ldg(from + lanes);
+        const Unit c = __ldg(from + 2 * lanes), d = __ldg(from + 3 * lanes);
+        to[0] = a;
+        to[lanes] = b;
+        to[2 * lanes] = c;
+        to[3 * lanes] = d;
+        return;
     }
-    for (; unit < units; unit += lanes) {
-        to[unit] = __ldg(from + unit);
+    for (uint32_t i = 0; i < left; i += lanes) {
+        to[i] = __ldg(from + i);
     }
 }
 
@@ -35,11 +41,11 @@ __device__ void index_select(const Unit *x, const Id *ids, Unit *out, uint64_t n
 #define INDEX_SELECT(NAME, UNIT, ID)                                                                                 \
     extern "C" __global__ void NAME(const UNIT *x0, const UNIT *x1, const UNIT *x2, const ID *ids, UNIT *out0,       \
                                     UNIT *out1, UNIT *out2, uint64_t num_ids, uint32_t units0, uint32_t units1,      \
-                                    uint32_t units2, uint32_t lanes) {                                               \
+                                    uint32_t units2, uint32_t lanes, uint32_t chunks) {                              \
         const UNIT *x = blockIdx.y == 0 ? x0 : blockIdx.y == 1 ? x1 : x2;                                            \
         UNIT *out = blockIdx.y == 0 ? out0 : blockIdx.y == 1 ? out1 : out2;                                          \
         const uint32_t units = blockIdx.y == 0 ? units0 : blockIdx.y == 1 ? units1 : units2;                         \
-        index_select<UNIT, ID>(x, ids, out, num_ids, units, lanes);                                                  \
+        index_select<UNIT, ID>(x, ids, out, num_ids, units, lanes, chunks);                                          \
     }
 
 #define INDEX_SELECTS(SUFFIX, UNIT)                                                                                  \

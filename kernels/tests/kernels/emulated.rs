@@ -339,6 +339,7 @@ type IndexSelect = unsafe extern "C" fn(
     u64,
     *const u32,
     u32,
+    u32,
 );
 
 /// Three tensors of bytes, in units of every size.
@@ -350,7 +351,13 @@ fn selections(library: &Library) {
         .into_iter()
         .flat_map(|unit| [(unit, false), (unit, true)])
     {
-        for (widths, lanes) in [([1, 2, 3], 4), ([33, 200, 1], 32), ([5, 7, 160], 32)] {
+        // Within a chunk; chunks that a row fills, begins, or leaves to some lanes; rows that end before the widest's last chunk.
+        for (widths, lanes, chunks) in [
+            ([1, 2, 3], 4, 1),
+            ([33, 200, 1], 32, 2),
+            ([128, 129, 256], 32, 2),
+            ([610, 40, 257], 32, 5),
+        ] {
             let x = widths.map(|width| {
                 let count = 11 * width * unit;
                 let bytes: Vec<u8> = (0..count).map(|at| (at * 31 % 251) as u8).collect();
@@ -358,7 +365,8 @@ fn selections(library: &Library) {
             });
             let expected = gather(x.each_ref(), &checked).unwrap();
             let bytes = x.map(|x| x.flatten_all().unwrap().to_vec1::<u8>().unwrap());
-            let mut out = widths.map(|width| vec![255_u8; ids.len() * width * unit]);
+            // With a row behind the last, which stays as it is.
+            let mut out = widths.map(|width| vec![255_u8; (ids.len() + 1) * width * unit]);
             let sources = bytes.each_ref().map(|bytes| bytes.as_ptr().cast());
             let targets = out.each_mut().map(|bytes| bytes.as_mut_ptr().cast());
             let id_pointer = if wide {
@@ -367,7 +375,7 @@ fn selections(library: &Library) {
                 ids.as_ptr().cast()
             };
             let units = widths.map(|width| width as u32);
-            let blocks = ids.len().div_ceil(256 / lanes as usize) as u32;
+            let blocks = ids.len().div_ceil(256 / lanes as usize) as u32 * chunks;
             // SAFETY: the symbol has this type, and the arrays the sizes that the kernel is told.
             unsafe {
                 let run: Symbol<'_, IndexSelect> = library.get(b"emulate_index_select").unwrap();
@@ -383,10 +391,12 @@ fn selections(library: &Library) {
                     ids.len() as u64,
                     units.as_ptr(),
                     lanes,
+                    chunks,
                 );
             }
             for (found, expected) in out.iter().zip(&expected) {
-                let expected = expected.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+                let mut expected = expected.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+                expected.resize(found.len(), 255);
                 assert_eq!(found, &expected, "units of {unit}, {widths:?}");
             }
         }

@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use radix_mlp_kernels::{Ids, KernelError, gather, index_select};
 
-/// Widths that are whole 16-byte loads, that are not, and none at all.
-const WIDTHS: [usize; 7] = [0, 1, 3, 8, 51, 128, 1027];
+/// Widths that are whole 16-byte loads, that are not, and none at all; the last two are more than a warp copies at once.
+const WIDTHS: [usize; 8] = [0, 1, 3, 8, 51, 128, 1027, 4104];
 const DTYPES: [DType; 6] = [
     DType::U8,
     DType::U32,
@@ -41,9 +41,10 @@ fn selects_rows(device: &Device) {
             prop::sample::select(&WIDTHS[..]),
             prop::sample::select(&DTYPES[..]),
             any::<bool>(),
+            0_usize..2,
         )
     });
-    proptest!(crate::common::cases_of(200), |((rows, ids, width, dtype, wide) in strategy)| {
+    proptest!(crate::common::cases_of(200), |((rows, ids, width, dtype, wide, cut) in strategy)| {
         let checked = if wide {
             let wide: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
             let tensor = Tensor::from_vec(wide, ids.len(), &Device::Cpu).unwrap();
@@ -53,9 +54,9 @@ fn selects_rows(device: &Device) {
             Ids::new(&ids, rows, device)
         };
         let checked = checked.unwrap();
-        // Not contiguous, and starting within a larger tensor: rows of other alignments.
-        let x = numbered(rows + 1, width + 1, dtype, device).narrow(0, 1, rows).unwrap();
-        let x = x.narrow(1, 1, width).unwrap();
+        // Starting within a larger tensor, at rows of other alignments; with a cut, not contiguous.
+        let x = numbered(rows + 1, width + cut, dtype, device).narrow(0, 1, rows).unwrap();
+        let x = x.narrow(1, cut, width).unwrap();
         let found = index_select(&x, &checked).unwrap();
         prop_assert_eq!(found.dims(), [ids.len(), width]);
         prop_assert_eq!(found.dtype(), dtype);
@@ -67,11 +68,14 @@ fn gathers_three(device: &Device) {
     let ids = [3_u32, 0, 3, 4];
     let checked = Ids::new(&ids, 5, device).unwrap();
     let of = |width: usize| numbered(5, width, DType::BF16, device);
-    let (q, k, v) = (of(64).reshape((5, 4, 16)).unwrap(), of(9), of(1));
-    let found = gather([&q, &k, &v], &checked).unwrap();
-    assert_eq!(found[0].dims(), [4, 4, 16]);
-    for (x, rows) in [&q, &k, &v].into_iter().zip(&found) {
-        assert_eq!(values(rows), expected(x, &ids));
+    // One unit of 2 bytes for all, and of 16 bytes: 260, 65 and 1 a row.
+    for [head, k, v] in [[16, 9, 1], [520, 520, 8]] {
+        let (q, k, v) = (of(4 * head).reshape((5, 4, head)).unwrap(), of(k), of(v));
+        let found = gather([&q, &k, &v], &checked).unwrap();
+        assert_eq!(found[0].dims(), [4, 4, head]);
+        for (x, rows) in [&q, &k, &v].into_iter().zip(&found) {
+            assert_eq!(values(rows), expected(x, &ids));
+        }
     }
 }
 
