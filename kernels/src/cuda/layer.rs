@@ -19,14 +19,16 @@ pub fn add_rms_norm(
     epsilon: f32,
 ) -> Result<(Tensor, Tensor)> {
     match x.dtype() {
-        DType::F16 => add_rms_norm_of::<half::f16>("f16", x, delta, weight, epsilon),
-        DType::BF16 => add_rms_norm_of::<half::bf16>("bf16", x, delta, weight, epsilon),
+        DType::F16 => add_rms_norm_of::<half::f16>("add_rms_norm_f16", x, delta, weight, epsilon),
+        DType::BF16 => {
+            add_rms_norm_of::<half::bf16>("add_rms_norm_bf16", x, delta, weight, epsilon)
+        }
         dtype => bail!("add_rms_norm does not take {dtype:?} on CUDA"),
     }
 }
 
 fn add_rms_norm_of<T: CudaDType + DeviceRepr>(
-    dtype: &str,
+    kernel: &str,
     x: &Tensor,
     delta: Option<&Tensor>,
     weight: &Tensor,
@@ -39,7 +41,7 @@ fn add_rms_norm_of<T: CudaDType + DeviceRepr>(
     let elements = x.elem_count();
     let units = u32::try_from(weight.elem_count() / UNIT)?;
     let rows = u32::try_from(elements / weight.elem_count())?;
-    let function = Binary::Layer.function(device, &format!("add_rms_norm_{dtype}"))?;
+    let function = Binary::Layer.function(device, kernel)?;
     let mut normed = unwritten::<T>(device, elements)?;
     let sum = delta.as_ref().map(|_| unwritten::<T>(device, elements));
     let mut sum = sum.transpose()?;
@@ -91,14 +93,18 @@ pub fn norm_rope(
     epsilon: f32,
 ) -> Result<Tensor> {
     match heads.dtype() {
-        DType::F16 => norm_rope_of::<half::f16>("f16", heads, weights, angles, counts, epsilon),
-        DType::BF16 => norm_rope_of::<half::bf16>("bf16", heads, weights, angles, counts, epsilon),
+        DType::F16 => {
+            norm_rope_of::<half::f16>("norm_rope_f16", heads, weights, angles, counts, epsilon)
+        }
+        DType::BF16 => {
+            norm_rope_of::<half::bf16>("norm_rope_bf16", heads, weights, angles, counts, epsilon)
+        }
         dtype => bail!("norm_rope does not take {dtype:?} on CUDA"),
     }
 }
 
 fn norm_rope_of<T: CudaDType + DeviceRepr>(
-    dtype: &str,
+    kernel: &str,
     heads: &Tensor,
     weights: [&Tensor; 2],
     angles: [&Tensor; 2],
@@ -112,7 +118,7 @@ fn norm_rope_of<T: CudaDType + DeviceRepr>(
     let [q_weight, k_weight] = [contiguous(weights[0])?, contiguous(weights[1])?];
     let [cos, sin] = [contiguous(angles[0])?, contiguous(angles[1])?];
     let shape = (rows, counts[0] + counts[1], head_dim);
-    let function = Binary::Layer.function(device, &format!("norm_rope_{dtype}"))?;
+    let function = Binary::Layer.function(device, kernel)?;
     let mut out = unwritten::<T>(device, rows * shape.1 * head_dim)?;
 
     let held = [&heads, &q_weight, &k_weight].map(Tensor::storage_and_layout);
@@ -156,18 +162,18 @@ fn norm_rope_of<T: CudaDType + DeviceRepr>(
 /// See [`crate::swiglu`], whose arguments have been checked.
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     match gate_up.dtype() {
-        DType::F16 => swiglu_of::<half::f16>("f16", gate_up),
-        DType::BF16 => swiglu_of::<half::bf16>("bf16", gate_up),
+        DType::F16 => swiglu_of::<half::f16>("swiglu_f16", gate_up),
+        DType::BF16 => swiglu_of::<half::bf16>("swiglu_bf16", gate_up),
         dtype => bail!("swiglu does not take {dtype:?} on CUDA"),
     }
 }
 
-fn swiglu_of<T: CudaDType + DeviceRepr>(dtype: &str, gate_up: &Tensor) -> Result<Tensor> {
+fn swiglu_of<T: CudaDType + DeviceRepr>(kernel: &str, gate_up: &Tensor) -> Result<Tensor> {
     let device = gate_up.device().as_cuda_device()?;
     let stream = device.cuda_stream();
     let (rows, width) = gate_up.dims2()?;
     let gate_up = contiguous(gate_up)?;
-    let function = Binary::Layer.function(device, &format!("swiglu_{dtype}"))?;
+    let function = Binary::Layer.function(device, kernel)?;
     let mut out = unwritten::<T>(device, rows * width / 2)?;
     let units = u32::try_from(width / 2 / UNIT)?;
     let count = rows as u64 * u64::from(units);

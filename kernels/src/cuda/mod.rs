@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaView, DeviceRepr, result,
@@ -45,21 +46,53 @@ impl Binary {
 
     /// Its kernel `name`, for the device that `device` is a handle of.
     fn function(self, device: &CudaDevice, name: &str) -> Result<CudaFunction> {
-        type Modules = Mutex<HashMap<(usize, Binary), Arc<CudaModule>>>;
-        static MODULES: LazyLock<Modules> = LazyLock::new(Modules::default);
+        self.function_with_shared(device, name, 0)
+    }
+
+    /// The same, allowed `bytes` of dynamic shared memory or more.
+    fn function_with_shared(
+        self,
+        device: &CudaDevice,
+        name: &str,
+        bytes: usize,
+    ) -> Result<CudaFunction> {
+        static LOADED: LazyLock<Mutex<HashMap<(usize, Binary), Loaded>>> =
+            LazyLock::new(Mutex::default);
         let stream = device.cuda_stream();
-        let key = (stream.context().ordinal(), self);
-        // A thread that panicked left the map whole.
-        let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
-        let module = match modules.entry(key) {
-            Entry::Occupied(loaded) => loaded.into_mut(),
+        let context = stream.context();
+        // A thread that panicked left the maps whole.
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Loaded { module, functions } = match loaded.entry((context.ordinal(), self)) {
+            Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(place) => {
                 let binary = Ptx::from_binary(self.bytes().to_vec());
-                place.insert(stream.context().load_module(binary).w()?)
+                place.insert(Loaded {
+                    module: context.load_module(binary).w()?,
+                    functions: HashMap::new(),
+                })
             }
         };
-        module.load_function(name).w()
+        if let Some((function, allowed)) = functions.get(name)
+            && bytes <= *allowed
+        {
+            return Ok(function.clone());
+        }
+        context.bind_to_thread().w()?;
+        let function = module.load_function(name).w()?;
+        if bytes > 0 {
+            let limit = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(limit, i32::try_from(bytes)?).w()?;
+        }
+        functions.insert(name.to_owned(), (function.clone(), bytes));
+        Ok(function)
     }
+}
+
+/// A binary on a device, and those of its functions that were asked for, with the bytes of dynamic shared memory that each is
+/// allowed: a launch needs no call of the driver to find them.
+struct Loaded {
+    module: Arc<CudaModule>,
+    functions: HashMap<String, (CudaFunction, usize)>,
 }
 
 /// The GPU of number `ordinal`, with one stream for all that is done on it. What is launched then has nothing to wait for,
