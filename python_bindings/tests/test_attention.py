@@ -211,6 +211,42 @@ def test_mixed_dtypes_are_refused() -> None:
         attention(q, q, q.half(), fold)
 
 
+class Spy:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, windowed: bool) -> None:
+    pytest.importorskip("triton")
+    from radix_mlp.torch import kernels, tree
+
+    spies = {name: Spy(getattr(kernels, name)) for name in ("forward", "query_gradient", "key_gradient")}
+    for name, spy in spies.items():
+        monkeypatch.setattr(kernels, name, spy)
+    for _layer in range(2):
+        tree.compile_kernels(torch.device(DEVICE), torch.float16, 6, 2, 24, windowed)
+    assert [spy.launches for spy in spies.values()] == [1, 1, 1]
+
+
+@needs_cuda
+def test_a_picked_backend_compiles_nothing_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    q, k, v = tensors(three_levels("depth_first"), 16, 8, 128, torch.bfloat16)
+    pick_backend(q, k, v, three_levels("depth_first"))
+    compiled: list[int] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
+    compare(three_levels("depth_first"), [q, k, v], 2e-2, {}, "tree")
+    assert not compiled
+
+
 @needs_cuda
 def test_a_new_batch_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton

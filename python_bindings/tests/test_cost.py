@@ -83,10 +83,20 @@ def tree_mask(fold: Fold, _q: Any, _k: Any, window: None) -> Any:
     return SimpleNamespace(tiles=TILES, blocks=tree_arrays(fold, TILES, 4, window)["blocks"])
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the tree kernels are compiled for, where nothing can be."""
+    calls: list[Any] = []
+    pytest.importorskip("triton")
+    monkeypatch.setattr("radix_mlp.torch.tree.compile_kernels", lambda *variant: calls.append(variant))
+    monkeypatch.setattr(dispatch, "tree_mask", tree_mask)
+    return calls
+
+
 @pytest.mark.parametrize("slow", ["TREE_TRAINING", "FLASH_TRAINING"])
+@pytest.mark.usefixtures("compiled")
 def test_training_is_picked_by_its_own_costs(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fold = batch(100, 60, 8)
-    monkeypatch.setattr(dispatch, "tree_mask", tree_mask)
     k = on_cuda(fold.num_rows, 8)
     forward = pick_backend(on_cuda(fold.num_rows, 32), k, k, fold)
     monkeypatch.setattr(cost, slow, Rates(1.0, {}))
@@ -94,6 +104,16 @@ def test_training_is_picked_by_its_own_costs(slow: str, monkeypatch: pytest.Monk
     assert pick_backend(q, k, k, fold) == ("query_folded" if slow == "TREE_TRAINING" else "tree")
     with torch.no_grad():
         assert pick_backend(q, k, k, fold) == forward
+
+
+def test_training_compiles_the_tree_kernels_whatever_is_picked(compiled: list[Any]) -> None:
+    fold = batch(100, 60, 8)
+    k = on_cuda(fold.num_rows, 8)
+    pick_backend(on_cuda(fold.num_rows, 32), k, k, fold)
+    assert not compiled
+    for _layer in range(2):
+        assert pick_backend(on_cuda(fold.num_rows, 32, training=True), k, k, fold) == "query_folded"
+    assert compiled == [(torch.device("cuda"), torch.bfloat16, 32, 8, 128, False)]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from radix_mlp.fold import Fold
 from radix_mlp.torch.cost import flash_seconds, longest_walk, tree_seconds
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
+from radix_mlp.torch.softmax import runs_on
 from radix_mlp.torch.tree_mask import tree_mask
 
 Backend = Literal["tree", "query_folded", "sequential"]
@@ -79,7 +80,8 @@ def pick_backend(
     """The backend that `attention` takes where none is named: the cheapest that can run.
 
     What it costs, with its backward pass where there will be one, is read off the fold, with the constants of
-    benchmark/results/gpu_attention.json.
+    benchmark/results/gpu_attention.json. The first pick for a backward pass compiles the tree kernels, so that no later
+    one, on a batch of another shape, has to.
     """
     if q.device.type != "cuda":
         return "sequential"
@@ -89,11 +91,15 @@ def pick_backend(
         return "tree" if tree else "query_folded" if folded else "sequential"
     _, heads, head_dim = q.shape
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    key = ("backend", heads, k.shape[1], head_dim, window, training)
+    kv_heads = k.shape[1]
+    key = ("backend", heads, kv_heads, head_dim, window, training)
 
     def pick() -> Backend:
+        if training:
+            from radix_mlp.torch.tree import compile_kernels
+
+            compile_kernels(q.device, q.dtype, heads, kv_heads, head_dim, window is not None)
         mask = tree_mask(fold, q, k, window)
-        kv_heads = k.shape[1]
         walk = longest_walk(fold) if training else None
         tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, heads // kv_heads, head_dim, walk)
         flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window, training=training)
@@ -127,6 +133,8 @@ def _unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, 
     if v.shape[-1] != head_dim or head_dim > 256:
         return f"needs one head_dim of at most 256, got {head_dim} and {v.shape[-1]}"
     if backend == "tree":
+        if q.device.type == "cuda" and not runs_on(q.device):
+            return "needs Triton"
         if fold.subtree_end is None:
             return f"needs a fold in depth_first layout, got {fold.layout}"
         if q.dtype not in (*HALF, torch.float32):

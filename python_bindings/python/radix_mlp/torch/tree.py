@@ -1,5 +1,6 @@
 """Tree attention as a differentiable function of torch tensors."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from radix_mlp.fold import Fold
 from radix_mlp.torch import kernels
-from radix_mlp.torch.tree_mask import Tiles, TreeMask
+from radix_mlp.torch.tree_mask import Tiles, TreeMask, tree_mask
 
 
 def _query_gradient_tiles(forward: Tiles, dtype: torch.dtype) -> Tiles:
@@ -33,52 +35,88 @@ def tree_attention(
     return _TreeAttention.apply(q, k, v, mask, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
+@cache
+def compile_kernels(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, windowed: bool
+) -> None:
+    """Compile what training on such tensors runs, by attention of one row to itself.
+
+    A step that is the first to take this backend would otherwise wait for seconds.
+    """
+    q, k = (torch.zeros(1, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
+    mask = tree_mask(Fold.from_sequences([[0]], layout="depth_first"), q, k, 1 if windowed else None)
+    out, lse = _forward(q, k, k, mask, 1.0, None)
+    _backward(q, k, k, out, lse, out, mask, 1.0, None)
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None
     ) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
-        rows, heads, _ = q.shape
-        kv_heads = k.shape[1]
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-        kernels.forward[(len(mask.full) - 1, kv_heads)](
-            q, *_descriptors(mask.tiles, k, v), out, lse,  # type: ignore[call-arg]
-            mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
-            rows, scale, softcap or 0.0, mask.window or 0,
-            *q.stride()[:2], *out.stride()[:2],
-            **_constants(q, kv_heads, mask, softcap, mask.tiles),
-        )  # fmt: skip
+        out, lse = _forward(q, k, v, mask, scale, softcap)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.scale, ctx.softcap = mask, scale, softcap
+        ctx.options = mask, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        mask: TreeMask = ctx.mask
-        dout = _rows(gradients[0])
-        rows, _, _ = q.shape
-        kv_heads = k.shape[1]
-        delta = torch.empty_like(lse)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        scalars = (rows, ctx.scale, ctx.softcap or 0.0, mask.window or 0)
-        tiles = _query_gradient_tiles(mask.tiles, q.dtype)
-        kernels.query_gradient[(len(mask.full) - 1, kv_heads)](
-            q, *_descriptors(tiles, k, v), out, dout, lse, delta, dq,  # type: ignore[call-arg]
-            mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
-            *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
-            **_constants(q, kv_heads, mask, ctx.softcap, tiles),
-        )  # fmt: skip
-        tiles = _key_gradient_tiles(q.shape[-1], q.dtype)
-        kernels.key_gradient[(triton.cdiv(rows, tiles.key_block), kv_heads)](
-            q, *_descriptors(tiles, k, v), dout, lse, delta, dk, dv,  # type: ignore[call-arg]
-            mask.subtree_end, mask.depth,
-            *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-            **_constants(q, kv_heads, mask, ctx.softcap, tiles),
-        )  # fmt: skip
+        dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), *ctx.options)
         return dq, dk, dv, None, None, None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and the logsumexp in base 2 of each head's rows [heads, rows], float32."""
+    rows, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+    kernels.forward[(len(mask.full) - 1, kv_heads)](
+        q, *_descriptors(mask.tiles, k, v), out, lse,  # type: ignore[call-arg]
+        mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
+        rows, scale, softcap or 0.0, mask.window or 0,
+        *q.stride()[:2], *out.stride()[:2],
+        **_constants(q, kv_heads, mask, softcap, mask.tiles),
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    mask: TreeMask,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from what `_forward` took and gave and its output's gradient."""
+    rows, _, _ = q.shape
+    kv_heads = k.shape[1]
+    delta = torch.empty_like(lse)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scalars = (rows, scale, softcap or 0.0, mask.window or 0)
+    tiles = _query_gradient_tiles(mask.tiles, q.dtype)
+    kernels.query_gradient[(len(mask.full) - 1, kv_heads)](
+        q, *_descriptors(tiles, k, v), out, dout, lse, delta, dq,  # type: ignore[call-arg]
+        mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
+        *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
+        **_constants(q, kv_heads, mask, softcap, tiles),
+    )  # fmt: skip
+    tiles = _key_gradient_tiles(q.shape[-1], q.dtype)
+    kernels.key_gradient[(triton.cdiv(rows, tiles.key_block), kv_heads)](
+        q, *_descriptors(tiles, k, v), dout, lse, delta, dk, dv,  # type: ignore[call-arg]
+        mask.subtree_end, mask.depth,
+        *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
+        **_constants(q, kv_heads, mask, softcap, tiles),
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def _rows(x: Tensor) -> Tensor:
