@@ -52,7 +52,7 @@ def weighted_loss(model: Qwen3, batch: Batch) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(len(batch.labels), generator=generator, dtype=torch.float64)
     weights[torch.rand(len(weights), generator=generator) < 0.3] = 0
-    return model.loss(batch, weights.to(batch.labels.device))
+    return model.loss(batch, weights)
 
 
 def ratio_loss(model: Qwen3, batch: Batch) -> Tensor:
@@ -197,9 +197,11 @@ def test_a_wrong_fold_is_seen(backend: Backend, dtype: torch.dtype, family: str,
 
 def test_lost_copies_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward pass that gives a row the gradient of one of its copies instead of their sum."""
-    monkeypatch.setattr(
-        Batch, "unfold", lambda batch, rows: rows.detach()[batch.scatter_indices].index_copy(0, batch.fold_gather, rows)
-    )
+
+    def unfold(batch: Batch, rows: Tensor) -> Tensor:
+        return rows.detach()[batch.scatter_indices].index_copy(0, batch.fold_gather.long(), rows)
+
+    monkeypatch.setattr(Batch, "unfold", unfold)
     family = "one prompt, completions"
     assert difference(step(family, "mlp", torch.float64), unfolded(family, torch.float64)) > 1e-3
 

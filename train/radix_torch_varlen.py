@@ -20,6 +20,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +43,8 @@ class Batch:
 
     `fold` is what is computed: the trie of the batch, or at level "none" one that shares nothing. `tokens` is the
     batch with nothing shared: what attention sees at level "mlp", and the loss at "none" and "mlp".
-    `input_ids` and `position_ids` are int64 [rows], `labels` int64 [N], `scatter_indices` and `fold_gather` int64 [N]
-    and [rows] as in `Fold`.
+    `input_ids` and `position_ids` are int32 [rows], `scatter_indices` and `fold_gather` int32 [N] and [rows] as in
+    `Fold`. `labels` are int64 [N], on the host, where the loss sorts them while the device is busy.
     """
 
     level: Level
@@ -64,28 +65,17 @@ class Batch:
         first_position: int = 0,
     ) -> "Batch":
         """Fold `sequences` of token ids, whose positions count from `first_position`. Labels are the next tokens."""
-        lengths = [len(sequence) for sequence in sequences]
-        ids = np.array([token for sequence in sequences for token in sequence], np.int64)
-        positions = np.concatenate([np.arange(n) + first_position for n in lengths] or [ids])
-        bounds = np.cumsum([0, *lengths])
+        bounds = np.cumsum([0, *map(len, sequences)])
+        ids = np.fromiter(chain.from_iterable(sequences), np.int64, bounds[-1])
+        positions = np.arange(len(ids)) - np.repeat(bounds[:-1], np.diff(bounds)) + first_position
         fold = partial(Fold, ids, positions, bounds, layout="depth_first")
         # Sequences with different salts share nothing: their trie has a node for each token, in the order of tokens.
         tokens = fold(salts=np.arange(len(sequences)))
         folded = tokens if level == "none" else fold()
-
-        def tensor(values: Any) -> Tensor:
-            return torch.from_numpy(values.astype(np.int64)).to(device)
-
-        return cls(
-            level,
-            folded,
-            tokens,
-            tensor(folded.input_ids),
-            tensor(folded.position_ids),
-            next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds)).to(device),
-            tensor(folded.scatter_indices),
-            tensor(folded.fold_gather),
-        )
+        own = folded.tensors(device)
+        labels = next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds))
+        arrays = own.input_ids, own.position_ids, labels, own.scatter_indices, own.fold_gather
+        return cls(level, folded, tokens, *arrays)
 
     def unfold(self, rows: Tensor) -> Tensor:
         """The row of each token: [rows, ...] to [N, ...]."""

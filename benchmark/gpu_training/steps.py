@@ -95,7 +95,7 @@ def folded(groups: Groups, level: Level, skipped: int) -> Folded:
     batch = Folded.from_sequences(groups.sequences, level, DEVICE)
     if not skipped:
         return batch
-    prompts = torch.cat([torch.arange(len(ids)) < skipped - 1 for ids in groups.sequences]).to(DEVICE)
+    prompts = torch.cat([torch.arange(len(ids)) < skipped - 1 for ids in groups.sequences])
     return replace(batch, labels=batch.labels.masked_fill(prompts, IGNORED))
 
 
@@ -116,10 +116,11 @@ def padded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
     """sdpa on the padded batch. Its logits would not fit: the loss is ours, chunk by chunk, here and below."""
     ids, mask = (x.to(DEVICE) for x in padded(groups.sequences))
     plain = folded(groups, "none", skipped)
+    tokens = mask.flatten().nonzero()[:, 0]
 
     def step() -> Tensor:
         states = theirs.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return cross_entropy(states[mask.bool()], theirs.lm_head.weight, plain.tokens, plain.labels)
+        return cross_entropy(states.flatten(0, 1)[tokens], theirs.lm_head.weight, plain.tokens, plain.labels)
 
     return step
 
@@ -129,7 +130,7 @@ def padding_free_step(theirs: Any, groups: Groups, skipped: int) -> Step:
     plain = folded(groups, "none", skipped)
     model: Any = twin(theirs)
     model.set_attn_implementation("flex_attention")
-    ids, positions = plain.input_ids[None], plain.position_ids[None]
+    ids, positions = plain.input_ids[None].long(), plain.position_ids[None].long()
 
     def step() -> Tensor:
         states = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -158,6 +159,7 @@ def prefix_grouper_step(theirs: Any, groups: Groups) -> Step | None:
     own = torch.arange(groups.prompt, rows.shape[1], device=DEVICE).repeat(groups.size)
     positions = torch.cat([torch.arange(groups.prompt, device=DEVICE), own]).expand(len(prompts), -1)
     unshared = Folded.from_sequences(completions.tolist(), "none").tokens
+    labels = completions.flatten().cpu()
 
     def step() -> Tensor:
         grouper = PrefixGrouper.from_ungrouped_masks(*masks, group_sizes=groups.size, device=DEVICE)
@@ -165,7 +167,7 @@ def prefix_grouper_step(theirs: Any, groups: Groups) -> Step | None:
         call = {"prefix_grouper": grouper, "prefix_grouper_attn_func": "lower_right"}
         states = model.model(input_ids=ids, position_ids=positions, use_cache=False, **call).last_hidden_state
         states = grouper.split_output(states, include_prefix_last=1)[2][:, :-1]
-        return cross_entropy(states.flatten(0, 1), theirs.lm_head.weight, unshared, completions.flatten())
+        return cross_entropy(states.flatten(0, 1), theirs.lm_head.weight, unshared, labels)
 
     return step
 
