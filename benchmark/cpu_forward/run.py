@@ -33,7 +33,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from flops import attention_flops, linear_flops  # noqa: E402
 from machine import cpu, output_of  # noqa: E402
+from radix_mlp import Fold  # noqa: E402
 from real_batches import real_batches  # noqa: E402
 
 WORK = ROOT / "target" / "cpu_forward"
@@ -168,30 +170,16 @@ def measure(rust: Rust, reference: Transformers, name: str, batch: Batch, rounds
 
 
 def costs(batch: Batch, folded: bool) -> list[float]:
-    """What cost.rs counts, for all layers, and key ranges × heads: flops of the projections, flops of the attention.
-
-    Attention saves less than N/N' where short sequences are prefixes of long ones, as an agent's turns are.
-    """
-    trie: list[dict[int, int]] = [{}]
-    rows = pairs = ranges = 0
-    for sequence in batch:
-        path = [0]
-        new = 0
-        for token in sequence:
-            children = trie[path[-1]]
-            if token not in children or not folded:
-                children[token] = len(trie)
-                trie.append({})
-                new += 1
-            path.append(children[token])
-        old = path[1 : len(path) - new]
-        rows += new
-        pairs += new * len(old) + new * (new + 1) // 2
-        ranges += (1 + sum(b != a + 1 for a, b in zip([-1, *old], old, strict=False))) if new else 0
-    heads, kv_heads = CONFIG.num_attention_heads, CONFIG.num_key_value_heads or CONFIG.num_attention_heads
-    widths = 2 * (heads + kv_heads) * CONFIG.head_dim + 3 * CONFIG.intermediate_size
-    per_layer = [2 * rows * widths * CONFIG.hidden_size, 4 * pairs * heads * CONFIG.head_dim, ranges * kv_heads]
-    return [float(CONFIG.num_hidden_layers * cost) for cost in per_layer]
+    """What cost.rs counts, for all layers: flops of the projections, flops of the attention, key ranges × heads."""
+    fold = Fold.from_sequences(batch, salts=None if folded else range(len(batch)))
+    assert fold.query_lengths is not None
+    ranges = 0
+    for start, end, new in zip(fold.cu_seq_lengths, fold.cu_seq_lengths[1:], fold.query_lengths, strict=False):
+        old = fold.scatter_indices[start : end - new].astype(np.int64)
+        ranges += 1 + int(np.count_nonzero(np.diff(old, prepend=-2) != 1)) if new else 0
+    kv_heads = CONFIG.num_key_value_heads or CONFIG.num_attention_heads
+    flops = linear_flops(CONFIG, fold.num_nodes), attention_flops(CONFIG, fold)
+    return [*map(float, flops), float(CONFIG.num_hidden_layers * ranges * kv_heads)]
 
 
 def fit(inputs: dict[str, Batch], rows: list[dict[str, Any]]) -> dict[str, float]:

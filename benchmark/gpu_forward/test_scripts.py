@@ -66,5 +66,6 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [row["loss"] for row in rows] == ["all", "completions"]
     for row in rows:
         assert {"none", "mlp", "full", "transformers folded", "transformers padded"} <= row["speedup"].keys()
+        assert row["flop_compression"] > 1
     run(monkeypatch, "gpu_training/plot.py", result)
     assert result.with_suffix(".png").stat().st_size > 0

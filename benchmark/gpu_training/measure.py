@@ -7,10 +7,10 @@ Times in alternation, on the same weights and tokens:
 - transformers folded: the same model, folded by radix_mlp.transformers;
 - PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.
 
-All compute the logits chunk by chunk. "wall_ms" is the time of a step until the device is done, the fold on the host
-included. "peak_gib" is what a step takes beside weights and gradients. Where `none` does not fit, layers are
-checkpointed, in all columns. "seconds_of_shapes" are those of the first step and of the median of 20 steps on batches
-of different shapes.
+All compute the logits chunk by chunk. "flop_compression" is how many times fewer flops the fold leaves. "wall_ms" is
+the time of a step until the device is done, the fold on the host included. "peak_gib" is what a step takes beside
+weights and gradients. Where `none` does not fit, layers are checkpointed, in all columns. "seconds_of_shapes" are those
+of the first step and of the median of 20 steps on batches of different shapes.
 
     python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_training/measure.py --shapes qwen3-4b --only "2 x 8 x 4096+512" --ways none full
@@ -33,8 +33,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 
+from flops import flop_compression  # noqa: E402
 from gpu_forward.batches import SMOKE_VOCABULARY, VOCABULARY, Batch, small  # noqa: E402
 from gpu_forward.measure import DEVICE, allocated, medians, release, timed  # noqa: E402
+from gpu_forward.models import SHAPES  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
 from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpointing, steps, their_model  # noqa: E402
 from gpu_training.targets import targets  # noqa: E402
@@ -174,6 +176,7 @@ def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
 
 def show(row: Row) -> None:
     print(f"\n{row['shape']}, {row['batch']}, loss on {row['loss']}: {row['tokens']} tokens, {row['nodes']} nodes")
+    print(f"  {row['flop_compression']:.2f} times fewer flops")
     for name, milliseconds in row["wall_ms"].items():
         speed = f"{row['speedup'].get(name, float('nan')):7.2f} of {row['compression']:.2f}"
         print(f"  {name:26}{milliseconds:11.1f} ms{row['peak_gib'][name]:9.2f} GiB{speed}  {row['loss_value'][name]}")
@@ -195,6 +198,8 @@ def main() -> None:
                 ways = steps(own, theirs, groups, completions_only=loss == "completions")
                 chosen = {way: ways[way] for way in given.ways or ways if way in ways}
                 row = {"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen}
+                fewer = flop_compression(SHAPES[shape], groups.sequences, groups.prompt if loss == "completions" else 0)
+                row["flop_compression"] = round(fewer, 4)
                 record.add(row := row | measure(chosen, own, groups, given.rounds))
                 show(row)
         del own, theirs

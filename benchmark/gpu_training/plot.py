@@ -34,6 +34,8 @@ def speeds(axes: Axes, name: str, rows: list[Row]) -> None:
         bars = axes.bar(x + width * (index - (len(COLORS) - 1) / 2), heights, 0.95 * width, label=way, color=color)
         axes.bar_label(bars, ["" if np.isnan(height) else f"{height:.2f}" for height in heights], fontsize=6, padding=1)
     axes.axhline(rows[0]["compression"], color="black", linestyle="dashed", linewidth=1, label="compression N/N'")
+    fewer = [row["flop_compression"] for row in rows]
+    axes.hlines(fewer, x - 0.45, x + 0.45, "black", "dotted", linewidth=1, label="fewer flops")
     axes.axhline(1, color="gray", linewidth=0.8)
     axes.margins(y=0.12)
     axes.set_xticks(x, [f"{row['shape'].removeprefix('qwen3-')}\nloss on {row['loss']}" for row in rows], fontsize=7)

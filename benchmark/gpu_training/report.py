@@ -22,15 +22,17 @@ def section(result: Row) -> str:
     """What was measured, the table and the targets that were missed."""
     intro = (
         f"A training step, forward, loss and backward, in bf16 on one {result['hardware'].get('gpu', 'CPU')}, speed-up "
-        "over the unfolded step with FlashAttention (`none`), and peak memory beside weights and gradients "
+        "over the unfolded step with FlashAttention (`none`), by how many times the fold lowers tokens and flops (less "
+        "where sequences are prefixes of each other), and peak memory beside weights and gradients "
         "(`python benchmark/gpu_training/measure.py`, [result](benchmark/results/gpu_training.json), "
         "[plot](benchmark/results/gpu_training.png)):"
     )
-    titles = ["batch", "loss on", "Qwen3", "N/N'", *COLUMNS.values(), "GiB, `none` → `full`"]
+    titles = ["batch", "loss on", "Qwen3", "N/N'", "flops", *COLUMNS.values(), "GiB, `none` → `full`"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in sorted(result["rows"], key=lambda row: (row["batch"], row["loss"], row["shape"])):
         speeds = [f"{row['speedup'][way]:.2f}" if way in row["speedup"] else "" for way in COLUMNS]
         peaks = " → ".join(f"{row['peak_gib'][way]:.1f}" if way in row["peak_gib"] else "?" for way in ("none", "full"))
-        cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), f"{row['compression']:.2f}"]
+        fewer = [f"{row[key]:.2f}" for key in ("compression", "flop_compression")]
+        cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]
         lines.append(f"| {' | '.join([*cells, *speeds, peaks])} |")
     return "\n".join([intro, "", *lines, "", missed(targets(result["rows"]))])
