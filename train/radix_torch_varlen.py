@@ -207,19 +207,6 @@ def rotary_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
     return frequencies / factor * interpolated + frequencies * (1 - interpolated), attention_factor
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, in float32 at least (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        precise = x.to(_precise(x.dtype))
-        return self.weight * (precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of x [rows, heads, head_dim]; cos and sin are [rows, 1, head_dim]."""
     first, second = x.chunk(2, -1)
@@ -237,7 +224,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden, keys, bias=bias)
         self.v_proj = nn.Linear(hidden, keys, bias=bias)
         self.o_proj = nn.Linear(queries, hidden, bias=bias)
-        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, backend: Backend | None) -> Tensor:
         # One row a node: a projection does not know how many sequences will ask for it.
@@ -273,8 +260,8 @@ class Layer(nn.Module):
     def __init__(self, config: Qwen3Config, window: int | None) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(config, window), MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *context)
@@ -293,7 +280,7 @@ class Qwen3(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         windows = config.windows or (None,) * config.num_hidden_layers
         self.layers = nn.ModuleList(Layer(config, window) for window in windows)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
