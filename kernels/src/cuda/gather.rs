@@ -15,6 +15,8 @@ const THREADS: u32 = 256;
 const WARP: u32 = 32;
 /// Units that a lane copies, of a chunk of a row; see index_select.cu.
 const LANE_UNITS: u32 = 4;
+/// Chunks of a row that are copied together, 8 KiB: of some thousand rows they fit into a GPU's cache.
+const SLICE: u32 = 4;
 
 /// See [`crate::gather`], whose arguments have been checked.
 pub fn gather<const N: usize>(tensors: [&Tensor; N], ids: &Ids) -> Result<[Tensor; N]> {
@@ -81,9 +83,11 @@ fn launch(device: &CudaDevice, copies: &[Copy], ids: u64, kind: &str, count: usi
     }
     let widest = units.iter().copied().fold(1, u32::max);
     let lanes = widest.min(WARP).next_power_of_two();
-    let chunks = widest.div_ceil(LANE_UNITS * lanes);
+    let all_chunks = widest.div_ceil(LANE_UNITS * lanes);
+    let slices = all_chunks.div_ceil(SLICE);
+    let chunks = all_chunks.div_ceil(slices);
     let row_blocks = count.div_ceil((THREADS / lanes) as usize);
-    let Ok(blocks) = i32::try_from(row_blocks.saturating_mul(chunks as usize)) else {
+    let Ok(blocks) = i32::try_from(row_blocks.saturating_mul((slices * chunks) as usize)) else {
         bail!("{count} rows are too many for one launch");
     };
     let count = count as u64;
@@ -101,7 +105,9 @@ fn launch(device: &CudaDevice, copies: &[Copy], ids: u64, kind: &str, count: usi
     for units in &units {
         launch.arg(units);
     }
-    launch.arg(&lanes).arg(&chunks);
+    // No more than blocks.
+    let row_blocks = row_blocks as u32;
+    launch.arg(&lanes).arg(&chunks).arg(&row_blocks);
     let config = LaunchConfig {
         grid_dim: (blocks.unsigned_abs(), copies.len() as u32, 1),
         block_dim: (THREADS, 1, 1),

@@ -340,6 +340,7 @@ type IndexSelect = unsafe extern "C" fn(
     *const u32,
     u32,
     u32,
+    u32,
 );
 
 /// Three tensors of bytes, in units of every size.
@@ -352,11 +353,11 @@ fn selections(library: &Library) {
         .flat_map(|unit| [(unit, false), (unit, true)])
     {
         // Within a chunk; chunks that a row fills, begins, or leaves to some lanes; rows that end before the widest's last chunk.
-        for (widths, lanes, chunks) in [
-            ([1, 2, 3], 4, 1),
-            ([33, 200, 1], 32, 2),
-            ([128, 129, 256], 32, 2),
-            ([610, 40, 257], 32, 5),
+        for (widths, lanes, slices, chunks) in [
+            ([1, 2, 3], 4, 1, 1),
+            ([33, 200, 1], 32, 1, 2),
+            ([128, 129, 256], 32, 1, 2),
+            ([610, 40, 257], 32, 2, 3),
         ] {
             let x = widths.map(|width| {
                 let count = 11 * width * unit;
@@ -375,7 +376,7 @@ fn selections(library: &Library) {
                 ids.as_ptr().cast()
             };
             let units = widths.map(|width| width as u32);
-            let blocks = ids.len().div_ceil(256 / lanes as usize) as u32 * chunks;
+            let row_blocks = ids.len().div_ceil(256 / lanes as usize) as u32;
             // SAFETY: the symbol has this type, and the arrays the sizes that the kernel is told.
             unsafe {
                 let run: Symbol<'_, IndexSelect> = library.get(b"emulate_index_select").unwrap();
@@ -383,7 +384,7 @@ fn selections(library: &Library) {
                     unit as u32,
                     wide.into(),
                     3,
-                    blocks,
+                    row_blocks * slices * chunks,
                     256,
                     sources.as_ptr(),
                     id_pointer,
@@ -392,6 +393,7 @@ fn selections(library: &Library) {
                     units.as_ptr(),
                     lanes,
                     chunks,
+                    row_blocks,
                 );
             }
             for (found, expected) in out.iter().zip(&expected) {

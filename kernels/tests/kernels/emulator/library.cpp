@@ -67,11 +67,11 @@ void emulate_swiglu(uint32_t bf16, uint32_t blocks, uint32_t threads, const void
 // As many inputs as `inputs`; `widths` are in units of `unit` bytes.
 void emulate_index_select(uint32_t unit, uint32_t wide, uint32_t inputs, uint32_t blocks, uint32_t threads,
                           const void *const *x, const void *ids, void *const *out, uint64_t count,
-                          const uint32_t *widths, uint32_t lanes, uint32_t chunks) {
+                          const uint32_t *widths, uint32_t lanes, uint32_t chunks, uint32_t row_blocks) {
     auto run = [&](auto narrow_ids, auto wide_ids) {
         auto with = [&](auto kernel) {
             call({blocks, inputs, 1}, threads, kernel, x[0], x[1], x[2], ids, out[0], out[1], out[2], count, widths[0],
-                 widths[1], widths[2], lanes, chunks);
+                 widths[1], widths[2], lanes, chunks, row_blocks);
         };
         wide ? with(wide_ids) : with(narrow_ids);
     };
