@@ -10,6 +10,9 @@ const KERNELS: [&str; 3] = ["index_select", "layer", "tree_attention"];
 /// Ampere, Ada and Hopper.
 const MACHINES: [&str; 3] = ["80", "89", "90"];
 const PTX: &str = "80";
+/// For Hopper's own instructions, which no other GPU has: machine code alone.
+const HOPPER_KERNEL: &str = "tree_attention_hopper";
+const HOPPER_MACHINE: &str = "90a";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
@@ -22,24 +25,27 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let nvcc = nvcc()?;
     let known = stdout(Command::new(&nvcc).arg("--list-gpu-code"))?;
-    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let is_known = |machine: &&str| {
+        let code = format!("sm_{machine}");
+        known.lines().any(|line| line.trim() == code)
+    };
+    let code = |machine| format!("-gencode=arch=compute_{machine},code=sm_{machine}");
+    let mut targets = vec![format!("-gencode=arch=compute_{PTX},code=compute_{PTX}")];
+    targets.extend(MACHINES.into_iter().filter(is_known).map(code));
     for kernel in KERNELS {
-        let source = Path::new("cuda").join(kernel).with_extension("cu");
-        let fat_binary = out.join(kernel).with_extension("fatbin");
-        let mut compile = Command::new(&nvcc);
-        compile.args(["-std=c++17", "-O3", "-Icuda", "-fatbin", "-o"]);
-        compile.arg(fat_binary).arg(&source);
-        compile.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
-        for machine in MACHINES {
-            if known
-                .lines()
-                .any(|line| line.trim() == format!("sm_{machine}"))
-            {
-                compile.arg(format!("-gencode=arch=compute_{machine},code=sm_{machine}"));
-            }
-        }
-        stdout(&mut compile)?;
+        compile(&nvcc, kernel, &targets)?;
     }
+    compile(&nvcc, HOPPER_KERNEL, &[code(HOPPER_MACHINE)])
+}
+
+/// `cuda/{kernel}.cu` to a fat binary in cargo's output folder.
+fn compile(nvcc: &Path, kernel: &str, targets: &[String]) -> Result<(), Box<dyn Error>> {
+    let source = Path::new("cuda").join(kernel).with_extension("cu");
+    let out = PathBuf::from(env::var("OUT_DIR")?).join(kernel);
+    let mut command = Command::new(nvcc);
+    command.args(["-std=c++17", "-O3", "-Icuda", "-fatbin", "-o"]);
+    command.arg(out.with_extension("fatbin")).arg(source);
+    stdout(command.args(targets))?;
     Ok(())
 }
 

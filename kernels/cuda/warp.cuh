@@ -7,7 +7,7 @@
 
 // The block's dynamic shared memory.
 __device__ inline uint8_t *shared_memory() {
-    extern __shared__ __align__(128) uint8_t memory[];
+    extern __shared__ __align__(1024) uint8_t memory[];
     return memory;
 }
 
@@ -24,6 +24,13 @@ __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "mem
 
 // Until only the last PENDING groups of this thread may be under way.
 template <int PENDING> __device__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// 2^x to some 22 bits; 0 for what is too small to be normal.
+__device__ inline float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
 
 // Four 8 x 8 matrices of 2-byte elements. Lane i gives the address of row i % 8 of matrix i / 8, and gets the elements
 // 2 * (i % 4) and the next of row i / 4 of each.

@@ -6,7 +6,7 @@ use crate::KernelError;
 use crate::rows::same_device;
 
 /// Queries that a kernel computes together: rows times the query heads of one key head.
-const TILE: usize = 128;
+pub const TILE: usize = 128;
 /// Rows in a key block.
 pub const KEY_BLOCK: usize = 64;
 

@@ -1,15 +1,45 @@
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{DType, Layout, Result, Tensor};
 
 use super::{Binary, LOAD, tensor, unwritten, view};
-use crate::tree_attention::{KEY_BLOCK, query_block};
+use crate::tree_attention::{KEY_BLOCK, TILE, query_block};
 use crate::{KernelError, TreeMask};
 
-const THREADS: u32 = 128;
-/// Queries of a tile and keys of two blocks, of keys and of values, are in shared memory at once.
-const SHARED_ROWS: usize = 128 + 2 * KEY_BLOCK;
+/// A kernel by its file, its functions' prefix, the threads of a block, and the blocks of keys and of values, each, that are
+/// in shared memory at once.
+#[derive(Clone, Copy)]
+struct Kernel {
+    binary: Binary,
+    prefix: &'static str,
+    threads: u32,
+    stages: usize,
+}
+
+const FOR_ALL: Kernel = Kernel {
+    binary: Binary::TreeAttention,
+    prefix: "tree_attention",
+    threads: 128,
+    stages: 1,
+};
+const FOR_HOPPER: Kernel = Kernel {
+    binary: Binary::TreeAttentionHopper,
+    prefix: "tree_attention_hopper",
+    threads: 256,
+    stages: 2,
+};
+
+impl Kernel {
+    fn of(device: &CudaDevice) -> Result<Self> {
+        let (major, _) = device.cuda_stream().context().compute_capability().w()?;
+        Ok(if major == 9 { FOR_HOPPER } else { FOR_ALL })
+    }
+
+    /// Bytes of shared memory for a tile of queries and its stages of keys and values.
+    fn shared(self, head_dim: usize, size: usize) -> usize {
+        (TILE + 2 * self.stages * KEY_BLOCK) * head_dim * size
+    }
+}
 
 /// The output and, where `lse`, the denominators; see [`crate::tree_attention_with_lse`], whose arguments have been checked
 /// but for dtype and head_dim.
@@ -86,7 +116,7 @@ struct Sizes {
     softcap: f32,
 }
 
-// SAFETY: plain numbers, laid out as in tree_attention.cu.
+// SAFETY: plain numbers, laid out as in tree_attention.cuh.
 unsafe impl DeviceRepr for Sizes {}
 
 struct Attention<'a> {
@@ -106,11 +136,10 @@ impl Attention<'_> {
         let stream = device.cuda_stream();
         let (rows, heads, head_dim) = q.dims3()?;
         let sizes = self.sizes([q.layout(), k.layout(), v.layout()])?;
-        let shared = SHARED_ROWS * head_dim * size_of::<T>();
-        let function = Binary::TreeAttention
-            .function(device, &format!("tree_attention_{dtype}_{head_dim}"))?;
-        let limit = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(limit, i32::try_from(shared)?).w()?;
+        let kernel = Kernel::of(device)?;
+        let shared = kernel.shared(head_dim, size_of::<T>());
+        let name = format!("{}_{dtype}_{head_dim}", kernel.prefix);
+        let function = kernel.binary.function_with_shared(device, &name, shared)?;
         let mut out = unwritten::<T>(device, rows * heads * head_dim)?;
         // CUDA has no allocations of nothing.
         let asked_for = if self.lse { heads * rows } else { 1 };
@@ -155,7 +184,7 @@ impl Attention<'_> {
         let tiles = u32::try_from(rows.div_ceil(query_block(self.mask.group)))?;
         let config = LaunchConfig {
             grid_dim: (tiles, sizes.heads / sizes.group, 1),
-            block_dim: (THREADS, 1, 1),
+            block_dim: (kernel.threads, 1, 1),
             shared_mem_bytes: u32::try_from(shared)?,
         };
         // SAFETY: the arguments are those of the kernel; shapes, strides, alignment and the lists' blocks were checked.

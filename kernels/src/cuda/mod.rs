@@ -31,6 +31,7 @@ enum Binary {
     IndexSelect,
     Layer,
     TreeAttention,
+    TreeAttentionHopper,
 }
 
 impl Binary {
@@ -40,6 +41,9 @@ impl Binary {
             Self::Layer => include_bytes!(concat!(env!("OUT_DIR"), "/layer.fatbin")),
             Self::TreeAttention => {
                 include_bytes!(concat!(env!("OUT_DIR"), "/tree_attention.fatbin"))
+            }
+            Self::TreeAttentionHopper => {
+                include_bytes!(concat!(env!("OUT_DIR"), "/tree_attention_hopper.fatbin"))
             }
         }
     }

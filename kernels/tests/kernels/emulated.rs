@@ -1,7 +1,7 @@
 //! The CUDA kernels themselves, run by a CPU: `emulator/` runs their sources, compiled as C++, thread by thread. It finds
 //! wrong indices, fragments, masks, and missing barriers and waits; what it cannot tell is how fast they are.
 
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::c_void;
 use std::path::Path;
 use std::process::Command;
 
@@ -89,7 +89,9 @@ struct Sizes {
 }
 
 type Attention = unsafe extern "C" fn(
-    *const c_char,
+    u32,
+    u32,
+    u32,
     u32,
     u32,
     *const u16,
@@ -102,7 +104,13 @@ type Attention = unsafe extern "C" fn(
 );
 
 /// Largest differences of output and denominators from the oracle.
-fn attention(library: &Library, sequences: &[Vec<u32>], case: Case, dtype: DType) -> (f64, f64) {
+fn attention(
+    library: &Library,
+    sequences: &[Vec<u32>],
+    case: Case,
+    dtype: DType,
+    on_hopper: bool,
+) -> (f64, f64) {
     let fold = fold(sequences);
     let given = inputs(&fold, case, dtype);
     let (rows, dim) = (fold.num_rows(), case.head_dim);
@@ -136,14 +144,14 @@ fn attention(library: &Library, sequences: &[Vec<u32>], case: Case, dtype: DType
         vec![u16::MAX; rows * heads * dim],
         vec![f32::NAN; heads * rows],
     );
-    let prefix = if dtype == DType::BF16 { "bf16" } else { "f16" };
-    let name = CString::new(format!("{prefix}_{dim}")).unwrap();
     let tiles = rows.div_ceil(query_block(case.group)) as u32;
     // SAFETY: the symbol has this type, and the arrays the sizes that the kernel is told.
     unsafe {
         let run: Symbol<'_, Attention> = library.get(b"emulate_tree_attention").unwrap();
         run(
-            name.as_ptr(),
+            (dtype == DType::BF16).into(),
+            dim as u32,
+            on_hopper.into(),
             tiles,
             case.kv_heads as u32,
             q.as_ptr(),
@@ -163,14 +171,15 @@ fn attention(library: &Library, sequences: &[Vec<u32>], case: Case, dtype: DType
 fn attends(library: &Library) {
     // The same batches each time: an emulated tile takes milliseconds, so that few are drawn.
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
-    let mut runner = TestRunner::new_with_rng(Config::with_cases(12), rng);
+    let mut runner = TestRunner::new_with_rng(Config::with_cases(24), rng);
     let drawn = (
         batches(120),
         cases(&[64, 128]),
         prop::sample::select(&DTYPES[..]),
+        any::<bool>(),
     );
-    let checked = runner.run(&drawn, |(sequences, case, dtype)| {
-        let (out, lse) = attention(library, &sequences, case, dtype);
+    let checked = runner.run(&drawn, |(sequences, case, dtype, on_hopper)| {
+        let (out, lse) = attention(library, &sequences, case, dtype, on_hopper);
         // Weights and outputs are rounded to 8 and 11 bits; values are of -1 to 1.
         let bound = if dtype == DType::BF16 { 8e-3 } else { 1e-3 };
         prop_assert!(out < bound && lse < 1e-4, "{} {}", out, lse);

@@ -5,6 +5,8 @@
 // memory happen when they are waited for and no sooner, and shared memory starts as NaN, so that a missing wait shows.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -65,6 +67,9 @@ struct Fiber {
     int half = 0;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
+    // Chunks of 16 bytes that the tensor cores may not see yet.
+    std::vector<uint32_t> unpublished;
+    std::vector<std::function<void()>> products, open_products;
 };
 
 struct Block {
@@ -108,6 +113,8 @@ struct Block {
 
 inline Block *block = nullptr;
 alignas(128) inline uint8_t memory[SHARED];
+// By chunks of 16 bytes.
+inline bool published[SHARED / 16];
 
 // A thread's numbers; they follow the fiber that runs.
 struct ThreadIndex {
@@ -160,6 +167,7 @@ inline void launch(dim3 blocks, uint32_t threads, const std::function<void()> &k
             block = &own;
             blockIdx = {x, y, 0};
             std::memset(memory, 0xff, SHARED);
+            std::memset(published, 0, sizeof published);
             for (uint32_t i = 0; i < threads; ++i) {
                 Fiber &fiber = own.fibers[i];
                 getcontext(&fiber.context);
@@ -190,5 +198,7 @@ inline float __shfl_xor_sync(uint32_t, float value, int distance) {
 }
 
 template <typename T> T __ldg(const T *at) { return *at; }
+
+using std::min;
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }

@@ -5,8 +5,7 @@
 #include <index_select.cu>
 #include <layer.cu>
 #include <tree_attention.cu>
-
-#include <string>
+#include <tree_attention_hopper.cu>
 
 using emulator::launch;
 
@@ -22,21 +21,22 @@ void call(dim3 blocks, uint32_t threads, void (*kernel)(Parameters...), Argument
 
 extern "C" {
 
-void emulate_tree_attention(const char *name, uint32_t tiles, uint32_t kv_heads, const void *q, const void *k,
-                            const void *v, void *out, float *lse, const uint32_t *const *numbers, const Sizes *given) {
-    auto run = [&](auto kernel) {
-        call({tiles, kv_heads, 1}, THREADS, kernel, q, k, v, out, lse, numbers[0], numbers[1], numbers[2], numbers[3],
-             numbers[4], numbers[5], *given);
+void emulate_tree_attention(uint32_t bf16, uint32_t head_dim, uint32_t on_hopper, uint32_t tiles, uint32_t kv_heads,
+                            const void *q, const void *k, const void *v, void *out, float *lse,
+                            const uint32_t *const *numbers, const Sizes *given) {
+    auto run = [&](auto for_all, auto for_hopper) {
+        auto with = [&](uint32_t threads, auto kernel) {
+            call({tiles, kv_heads, 1}, threads, kernel, q, k, v, out, lse, numbers[0], numbers[1], numbers[2],
+                 numbers[3], numbers[4], numbers[5], *given);
+        };
+        on_hopper ? with(HOPPER_THREADS, for_hopper) : with(AMPERE_THREADS, for_all);
     };
-    const std::string kernel = name;
-    if (kernel == "f16_64") {
-        run(tree_attention_f16_64);
-    } else if (kernel == "f16_128") {
-        run(tree_attention_f16_128);
-    } else if (kernel == "bf16_64") {
-        run(tree_attention_bf16_64);
-    } else if (kernel == "bf16_128") {
-        run(tree_attention_bf16_128);
+    if (head_dim == 64) {
+        bf16 ? run(tree_attention_bf16_64, tree_attention_hopper_bf16_64)
+             : run(tree_attention_f16_64, tree_attention_hopper_f16_64);
+    } else {
+        bf16 ? run(tree_attention_bf16_128, tree_attention_hopper_bf16_128)
+             : run(tree_attention_f16_128, tree_attention_hopper_f16_128);
     }
 }
 

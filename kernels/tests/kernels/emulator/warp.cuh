@@ -31,10 +31,14 @@ template <int PENDING> void wait() {
             if (copy.valid) {
                 std::memcpy(emulator::memory + copy.to, copy.from, 16);
             }
+            emulator::published[copy.to / 16] = false;
+            emulator::fiber().unpublished.push_back(copy.to / 16);
         }
         groups.erase(groups.begin());
     }
 }
+
+inline float power_of_two(float x) { return std::exp2(x); }
 
 // The address of row `row` of matrix `matrix`, as its lane has shown it.
 inline const uint16_t *matrix_row(const uint32_t (*shown)[8], int matrix, int row) {

@@ -1,0 +1,85 @@
+// What a warpgroup, four warps, does together, in the PTX of compute capability 9.0a. tests/kernels/emulator/warpgroup.cuh
+// is the same on a CPU.
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// What this thread has written to shared memory is there for the tensor cores after the next barrier.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first product after registers of products were used.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes a group of products.
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all products are there; their registers need `settle`.
+__device__ inline void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Keeps the compiler from moving uses of registers of products over the wait or the beginning.
+template <int N> __device__ void settle(float (&c)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+    }
+}
+
+template <int N> __device__ void settle(uint32_t (&a)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+    }
+}
+
+// A matrix of 2-byte elements in shared memory, rows of 128 bytes swizzled by 128 bytes, from a multiple of 1024 bytes on
+// plus 32 bytes for each 16 columns. Its panels of 64 columns are `panel` bytes apart where more than one is read.
+__device__ inline uint64_t descriptor(uint32_t address, uint32_t panel) {
+    constexpr uint64_t SWIZZLE_128 = 1, EIGHT_ROWS = 8 * 128;
+    return SWIZZLE_128 << 62 | EIGHT_ROWS >> 4 << 32 | uint64_t(panel >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+
+#define FOUR(WHAT, c, i) WHAT(c[i][0]), WHAT(c[i][1]), WHAT(c[i][2]), WHAT(c[i][3])
+#define SIXTEEN(WHAT, c, i) FOUR(WHAT, c, i), FOUR(WHAT, c, i + 1), FOUR(WHAT, c, i + 2), FOUR(WHAT, c, i + 3)
+#define REGISTERS_32                                                                                                 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_64                                                                                                 \
+    REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+                 "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// c = a b^T for FIRST, else c += a b^T: rows of the 64 x 16 `a` and the 64 x 16 `b` in shared memory. A thread has the
+// elements of c that it has of eight m16n8k16.
+template <typename T, bool FIRST> __device__ void multiply_rows(float (&c)[8][4], uint64_t a, uint64_t b);
+
+// c += a b: the 64 x 16 `a` as in m16n8k16, the 16 x 8 * N `b` in shared memory.
+template <typename T> __device__ void multiply_columns(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b);
+template <typename T> __device__ void multiply_columns(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b);
+
+#define MULTIPLY_ROWS(T, NAME, FIRST, ADD, WHAT)                                                                     \
+    template <> __device__ inline void multiply_rows<T, FIRST>(float(&c)[8][4], uint64_t a, uint64_t b) {            \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" REGISTERS_32 "}, "             \
+                     "%32, %33, " ADD ", 1, 1, 0, 0;"                                                                \
+                     : SIXTEEN(WHAT, c, 0), SIXTEEN(WHAT, c, 4)                                                      \
+                     : "l"(a), "l"(b));                                                                              \
+    }
+
+#define PRODUCTS(T, NAME)                                                                                            \
+    MULTIPLY_ROWS(T, NAME, true, "0", "=f")                                                                          \
+    MULTIPLY_ROWS(T, NAME, false, "1", "+f")                                                                         \
+    template <> __device__ inline void multiply_columns<T>(float(&c)[8][4], const uint32_t(&a)[4], uint64_t b) {     \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" REGISTERS_32 "}, "             \
+                     "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                        \
+                     : SIXTEEN("+f", c, 0), SIXTEEN("+f", c, 4)                                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
+    }                                                                                                                \
+    template <> __device__ inline void multiply_columns<T>(float(&c)[16][4], const uint32_t(&a)[4], uint64_t b) {    \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" REGISTERS_64 "}, "            \
+                     "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                        \
+                     : SIXTEEN("+f", c, 0), SIXTEEN("+f", c, 4), SIXTEEN("+f", c, 8), SIXTEEN("+f", c, 12)           \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
+    }
+
+PRODUCTS(__half, "f16")
+PRODUCTS(__nv_bfloat16, "bf16")
