@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::{Load, MmapedSafetensors};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::config::Qwen3Config;
@@ -258,15 +259,19 @@ struct Random {
 }
 
 impl Random {
-    /// Uniform in -1..1.
-    fn next(&mut self) -> f32 {
-        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
-        // 24 bits, what an f32 holds exactly.
-        (z >> 40) as f32 / (1 << 23) as f32 - 1.0
+    /// The next `count` numbers, uniform in -1..1.
+    fn take(&mut self, count: usize) -> impl IndexedParallelIterator<Item = f32> + use<> {
+        const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+        let before = self.state;
+        self.state = before.wrapping_add(STEP.wrapping_mul(count as u64));
+        (0..count).into_par_iter().map(move |at| {
+            let mut z = before.wrapping_add(STEP.wrapping_mul(at as u64 + 1));
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^= z >> 31;
+            // 24 bits, what an f32 holds exactly.
+            (z >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
     }
 }
 
@@ -279,8 +284,9 @@ impl Source for Random {
             [_, columns] => (0.0, (3.0 / *columns as f32).sqrt()),
             _ => (0.0, 0.25),
         };
-        let values = (0..shape.iter().product()).map(|_| mean + half_width * self.next());
-        Ok(Tensor::from_vec(values.collect(), shape, &Device::Cpu)?)
+        let uniform = self.take(shape.iter().product());
+        let values: Vec<f32> = uniform.map(|x| mean + half_width * x).collect();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
     fn has_head(&self) -> bool {
