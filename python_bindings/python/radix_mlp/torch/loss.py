@@ -297,11 +297,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @cache
 def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of `dtype` are added to float32 there: from torch 2.8 on, on CUDA."""
-    x = torch.ones(8, 8, dtype=dtype, device=device)
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    total = ones.float()
     try:
-        return bool((torch.addmm(x.float(), x, x, out_dtype=torch.float32) == 9).all())
+        torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError):
         return False
+    return bool((total == 9).all())
 
 
 def _scaled(gradient: Tensor | None, by: Tensor, like: Any) -> Tensor | None:
