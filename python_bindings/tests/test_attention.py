@@ -160,6 +160,21 @@ def test_memory_is_bounded_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 * 260 < largest <= 4 * 260 * 10 < MAX_SCORES
 
 
+def test_compiled_models_attend() -> None:
+    """The graph breaks around attention, once for all folds: what a fold has is for the host to read."""
+
+    def layer(x: Tensor, fold: Fold) -> Tensor:
+        return attention(2 * x, x, x, fold) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", dynamic=True)
+    for length in (3, 9, 40, 41):
+        fold = Fold.from_sequences([[1] * length, [1, 2]])
+        x = tensors(fold, 2, 2, 8)[0].detach()
+        torch.testing.assert_close(compiled(x, fold), layer(x, fold))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_an_empty_batch_attends() -> None:
     fold = Fold.from_sequences([], layout="depth_first")
     q = torch.zeros(0, 2, 8)

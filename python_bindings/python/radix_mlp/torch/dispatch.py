@@ -7,6 +7,7 @@ from torch import Tensor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.cost import flash_seconds, longest_walk, tree_seconds
+from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.softmax import runs_on
@@ -17,6 +18,7 @@ Backend = Literal["tree", "query_folded", "sequential"]
 HALF = (torch.float16, torch.bfloat16)
 
 
+@eager
 def attention(
     q: Tensor,
     k: Tensor,

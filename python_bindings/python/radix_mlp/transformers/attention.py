@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from radix_mlp.fold import Fold
 from radix_mlp.torch import attention
 from radix_mlp.torch.dispatch import Backend
+from radix_mlp.torch.eager import eager
 from radix_mlp.transformers.support import UnsupportedModelError
 
 Level = Literal["none", "mlp", "full"]
@@ -89,7 +90,7 @@ def _attention_forward(
     return _attend(attend, module, query, key, value, options), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def _attend(
     attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> Tensor:

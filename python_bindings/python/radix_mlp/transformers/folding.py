@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from radix_mlp.torch.dispatch import Backend
+from radix_mlp.torch.eager import eager
 from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install
 from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
 from radix_mlp.transformers.loss import folded_loss, lm_head
@@ -209,8 +210,7 @@ class Folding:
     def _decode(self, call: dict[str, Any]) -> ModelOutput:
         """The decoder's outputs for a padded or packed call."""
         folded: Call = self._fold(call)
-        output: ModelOutput = self._restored(self._run(folded.arguments), folded, {})
-        return output
+        return self._restored(self._run(folded.arguments), folded, {})
 
     @_skip
     def _predict(self, call: dict[str, Any]) -> ModelOutput:
@@ -221,16 +221,13 @@ class Folding:
         if labels is not None and self.model.training and (head := lm_head(self.model)) is not None:
             compact = self._run(folded.arguments)
             loss = folded_loss(compact[0], head, self.model.config, folded.batch, labels, **options)
-            return CausalLMOutputWithPast(
-                **self._restored(compact, folded, {"loss": loss}, without="last_hidden_state")
-            )
+            return self._restored(compact, folded, {"loss": loss}, CausalLMOutputWithPast)
         restore = self._keep(folded, keep)
         compact = self.run_model(**folded.arguments)
         ready = {"logits": restore(compact["logits"])}
         if labels is not None:
             ready["loss"] = self.model.loss_function(ready["logits"], labels, self.model.config.vocab_size, **options)
-        output: ModelOutput = self._restored(compact, folded, ready)
-        return output
+        return self._restored(compact, folded, ready)
 
     @_skip
     def _run(self, arguments: dict[str, Any]) -> ModelOutput:
@@ -239,7 +236,7 @@ class Folding:
             return self.graphs.run(self.run_decoder, self.decoder, arguments)
         return self.run_decoder(**arguments)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _fold(self, call: dict[str, Any]) -> "Call":
         """Fold a call; ValueError or TypeError where its arguments do not go together."""
         if not self.allow_dropout:
@@ -287,7 +284,7 @@ class Folding:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim > 2):
             raise ValueError("a folded model takes an attention_mask [sequences, length], not a prepared mask")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _keep(self, call: "Call", keep: int | Tensor) -> Callable[[Tensor], Tensor]:
         """Ask for the logits of each row in `keep` once; return what puts them in their places."""
         batch = call.batch
@@ -312,16 +309,18 @@ class Folding:
         if window is not None and "sliding_attention" in layers and attend.windows == {None}:
             raise UnsupportedModelError(f"{name} cannot be folded: no layer was told its sliding window of {window}")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _restored(
-        self, output: ModelOutput, call: "Call", ready: dict[str, Tensor], without: str | None = None
-    ) -> ModelOutput | dict[str, Any]:
-        """`output` with every row in its places, but for the fields that are `ready`; `without` one of them a dict."""
+        self, output: ModelOutput, call: "Call", ready: dict[str, Tensor], kind: type[ModelOutput] | None = None
+    ) -> ModelOutput:
+        """`output` with every row in its places, but for the fields that are `ready`; of `kind`, its fields."""
         self._check_layers(call.attend)
         batch = call.batch
+        kind = kind or type(output)
+        known = inspect.signature(kind).parameters
         fields: dict[str, Any] = dict(ready)
         for name, value in output.items():
-            if name in fields or name == without:
+            if name in fields or name not in known:
                 continue
             if name in CACHE_NAMES:
                 fields[name] = self._restored_cache(value, batch, call.cache)
@@ -331,7 +330,7 @@ class Folding:
                 fields[name] = tuple(self._restored_states(name, each, batch) for each in value)
             else:
                 raise UnsupportedModelError(f"{type(self.model).__name__} returned {name}, a {type(value).__name__}")
-        return fields if without is not None else type(output)(**fields)
+        return kind(**fields)
 
     def _restored_states(self, name: str, compact: Tensor, batch: Batch) -> Tensor:
         """States [1, rows, width], or [streams, 1, rows, width] where there are several (Gemma 3n), in place."""

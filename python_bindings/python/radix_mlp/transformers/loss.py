@@ -1,9 +1,9 @@
 """The loss of a folded model in training, on the trie: no logits of the whole batch."""
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from radix_mlp.torch.eager import eager
 from radix_mlp.torch.loss import Head, Reduction, cross_entropy
 from radix_mlp.transformers.batch import Batch, packed_values
 
@@ -21,7 +21,7 @@ def lm_head(model: PreTrainedModel) -> nn.Linear | None:
 OWN_LOGITS = {"minicpm3", "modernbert-decoder"}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def folded_loss(
     hidden: Tensor,
     head: nn.Linear,
