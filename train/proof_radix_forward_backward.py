@@ -3,6 +3,10 @@
 As a script it prints a table and exits with 1 where it does not: python train/proof_radix_forward_backward.py
 """
 
+# isort: off
+import interpreted  # noqa: F401
+# isort: on
+
 import sys
 from collections.abc import Callable
 from dataclasses import replace

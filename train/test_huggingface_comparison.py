@@ -3,6 +3,10 @@
 As a script it prints a table and exits with 1 where they differ: python train/test_huggingface_comparison.py
 """
 
+# isort: off
+import interpreted  # noqa: F401
+# isort: on
+
 import json
 import sys
 import tempfile

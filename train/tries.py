@@ -1,6 +1,9 @@
 """Batches of every shape that sharing takes, a small model on every backend, and a fold that is wrong."""
 
-import os
+# isort: off
+from interpreted import CUDA
+# isort: on
+
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,11 +29,7 @@ CONFIG = Qwen3Config(
     rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
 )
 
-CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-if not CUDA:
-    # Triton then interprets its kernels. It reads this when it is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16"}
 # What each backend computes here; Triton's interpreter has no bfloat16.
