@@ -27,14 +27,15 @@ __device__ void index_select(const Unit *x, const Id *ids, Unit *out, uint64_t n
     if (left > 3 * lanes) {
         const Unit a = __ldg(from), b = __ldg(from + lanes);
         const Unit c = __ldg(from + 2 * lanes), d = __ldg(from + 3 * lanes);
-        to[0] = a;
-        to[lanes] = b;
-        to[2 * lanes] = c;
-        to[3 * lanes] = d;
+        // What is written goes from the cache first: what is read may be read again.
+        __stcs(to, a);
+        __stcs(to + lanes, b);
+        __stcs(to + 2 * lanes, c);
+        __stcs(to + 3 * lanes, d);
         return;
     }
     for (uint32_t i = 0; i < left; i += lanes) {
-        to[i] = __ldg(from + i);
+        __stcs(to + i, __ldg(from + i));
     }
 }
 

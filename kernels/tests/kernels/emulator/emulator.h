@@ -198,6 +198,7 @@ inline float __shfl_xor_sync(uint32_t, float value, int distance) {
 }
 
 template <typename T> T __ldg(const T *at) { return *at; }
+template <typename T> void __stcs(T *at, T value) { *at = value; }
 
 using std::min;
 
