@@ -19,7 +19,7 @@ from radix_mlp.torch.dispatch import Backend
 from radix_mlp.torch.eager import eager
 from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install
 from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
-from radix_mlp.transformers.loss import folded_loss, lm_head
+from radix_mlp.transformers.loss import folded_loss, labels_of_tokens, lm_head
 from radix_mlp.transformers.support import (
     PROVEN,
     UnsupportedModelError,
@@ -219,8 +219,12 @@ class Folding:
         options = {name: call.pop(name) for name in LOSS_OPTIONS if name in call}
         folded: Call = self._fold(call)
         if labels is not None and self.model.training and (head := lm_head(self.model)) is not None:
+            # Read before the model runs: the host would wait for it.
+            ignored = options.get("ignore_index", -100)
+            own = labels_of_tokens(folded.batch, labels, options.get("shift_labels"), ignored)
             compact = self._run(folded.arguments)
-            loss = folded_loss(compact[0], head, self.model.config, folded.batch, labels, **options)
+            count = options.get("num_items_in_batch")
+            loss = folded_loss(compact[0], head, self.model.config, folded.batch, own, count, ignored)
             return self._restored(compact, folded, {"loss": loss}, CausalLMOutputWithPast)
         restore = self._keep(folded, keep)
         compact = self.run_model(**folded.arguments)

@@ -22,32 +22,38 @@ OWN_LOGITS = {"minicpm3", "modernbert-decoder"}
 
 
 @eager
+def labels_of_tokens(batch: Batch, labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """What should follow each token, [N] on the host.
+
+    `labels` [sequences, length] are those of the tokens themselves, `shift_labels` those of the tokens after them.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return packed_values(batch.packed, shift_labels)
+
+
+@eager
 def folded_loss(
     hidden: Tensor,
     head: nn.Linear,
     config: PreTrainedConfig,
     batch: Batch,
     labels: Tensor,
-    *,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
+    num_items_in_batch: Tensor | int | None,
+    ignore_index: int,
 ) -> Tensor:
-    """The loss that transformers' ForCausalLMLoss gives of `labels` [sequences, length].
+    """The loss that transformers' ForCausalLMLoss gives.
 
-    `hidden` is [1, rows, hidden]. Labels are those of the tokens themselves, `shift_labels` those of the tokens after
-    them. The sum over all that count is divided by their number, or by `num_items_in_batch`.
+    `hidden` is [1, rows, hidden], `labels` are `labels_of_tokens`. The sum over all that count is divided by their
+    number, or by `num_items_in_batch`.
     """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    own = packed_values(batch.packed, shift_labels)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     reduction: Reduction = "mean" if num_items_in_batch is None else "sum"
 
     def forward(states: Tensor) -> Tensor:
         parameters = Head(head.weight, head.bias, scale, softcap)
-        return cross_entropy(states, parameters, batch.fold, own, ignore_index=ignore_index, reduction=reduction)
+        return cross_entropy(states, parameters, batch.fold, labels, ignore_index=ignore_index, reduction=reduction)
 
     # As the head's own forward, within its hooks: FSDP2 gathers a head that it shards by itself there.
     head.forward = forward  # type: ignore[method-assign, assignment]
