@@ -27,12 +27,17 @@ def head_flops(config: Qwen3Config, rows: int) -> int:
     return 2 * rows * config.hidden_size * config.vocab_size
 
 
-def flop_compression(config: Qwen3Config, sequences: list[list[int]], prompt: int = 0) -> float:
-    """How many times fewer flops the fold leaves, the logits that predict tokens behind the first `prompt` included."""
+def flop_compression(config: Qwen3Config, sequences: list[list[int]], prompt: int | None) -> float:
+    """How many times fewer flops the fold leaves.
+
+    The logits that predict tokens behind the first `prompt` are included; no logits where that is None.
+    """
     fold = Fold.from_sequences(sequences)
     unshared = Fold.from_sequences(sequences, salts=range(len(sequences)))
     following = np.concatenate([np.arange(1, len(ids) + 1) for ids in sequences])
-    counted = (following >= prompt) & (following < np.repeat([len(ids) for ids in sequences], [*map(len, sequences)]))
+    lengths = [len(ids) for ids in sequences]
+    first = max(lengths) if prompt is None else prompt
+    counted = (following >= first) & (following < np.repeat(lengths, lengths))
 
     def flops(fold: Fold) -> int:
         rows = len(np.unique(fold.scatter_indices[counted]))

@@ -16,6 +16,11 @@ def at_most(target: str, limit: float, found: Iterable[tuple[float | None, str]]
     return _check(target, limit, max(_values(found), default=None), "≤")
 
 
+def with_flops(name: str, row: Row) -> str:
+    """The name of a row, and by what share of N/N' its flops fall: long suffixes and prefixes of each other attend."""
+    return f"{name}; flops {row['flop_compression'] / row['compression']:.4g}"
+
+
 def _values(found: Iterable[tuple[float | None, str]]) -> list[tuple[float, str]]:
     return [(value, name) for value, name in found if value is not None]
 

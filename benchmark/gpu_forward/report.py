@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import gpu_attention.report  # noqa: E402
 import gpu_attention.targets  # noqa: E402
 import gpu_forward.targets  # noqa: E402
+import gpu_kernels.report  # noqa: E402
+import gpu_kernels.targets  # noqa: E402
 import gpu_training.report  # noqa: E402
 import gpu_training.targets  # noqa: E402
 from gpu_forward.checks import missed  # noqa: E402
@@ -80,6 +82,7 @@ def flips(rows: list[Row]) -> str:
 SECTIONS = {
     "gpu_forward": (forward, gpu_forward.targets.targets),
     "gpu_attention": (gpu_attention.report.section, gpu_attention.targets.targets),
+    "gpu_kernels": (gpu_kernels.report.section, gpu_kernels.targets.targets),
     "gpu_training": (gpu_training.report.section, gpu_training.targets.targets),
 }
 

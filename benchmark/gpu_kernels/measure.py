@@ -32,6 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 
+from flops import flop_compression  # noqa: E402
 from gpu_attention.measure import HEAD_DIM, HEADS, attend, fold, inputs  # noqa: E402
 from gpu_forward.batches import Batch, load  # noqa: E402
 from gpu_forward.models import SHAPES  # noqa: E402
@@ -204,6 +205,7 @@ def row_of_model(program: Program, compiled: Any, shape: str, name: str, batch: 
         "tokens": full["tokens"],
         "nodes": full["nodes"],
         "compression": round(full["tokens"] / full["nodes"], 4),
+        "flop_compression": round(flop_compression(SHAPES[shape], batch, None), 4),
         "ms": times | {"enqueued": round(1e3 * full["enqueued_seconds"], 4)},
     }
 

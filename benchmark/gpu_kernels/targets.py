@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gpu_forward.checks import at_least, at_most
+from gpu_forward.checks import at_least, at_most, with_flops
 from gpu_forward.targets import CONTROLS, SHARE, SMALL
 
 Row = dict[str, Any]
@@ -51,13 +51,19 @@ def of_model(rows: list[Row]) -> list[Row]:
     checks: list[Row] = []
     for shape, share in SHARE.items():
         large = [row for row in rows if row["shape"] == shape and row["nodes"] >= SMALL and row["compression"] >= 2]
-        reached = [(row["ms"]["none"] / row["ms"]["full"] / row["compression"], name(row)) for row in large]
+        reached = [
+            (row["ms"]["none"] / row["ms"]["full"] / row["compression"], with_flops(name(row), row)) for row in large
+        ]
         checks += at_least(f"{shape}: speed-up of full over none as a share of compression", share, reached)
     slower = [(row["ms"]["none"] / row["ms"]["torch none"], name(row)) for row in rows if row["shape"] in SHARE]
     checks += at_most("none: time over the same model in torch, compiled", OF_TORCH, slower)
     waiting = [(row["ms"]["enqueued"] / row["ms"]["full"], name(row)) for row in rows if row["shape"] in SHARE]
     # Below 1 the GPU always has work queued, and replaying graphs would gain nothing.
     return checks + at_most("full: share of the time until all kernels are launched", 1, waiting)
+
+
+def of_compression(row: Row) -> float:
+    return float(row["ms"]["none"] / row["ms"]["full"] / row["compression"])
 
 
 def name(row: Row) -> str:

@@ -66,7 +66,7 @@ def rows(*, ours: float, full: float) -> list[dict[str, Any]]:
     attention = {"ours none": ours, "flash none": 1.0}
     shared = attention | {"ours full": full, "flash full": 1.0, "flex": 1.0}
     model = {"none": 8 * ours, "mlp": 4.0, "full": full, "torch none": 8.0, "enqueued": 0.5}
-    common = {"shape": "qwen3-0.6b", "nodes": 10_000, "compression": 8.0}
+    common = {"shape": "qwen3-0.6b", "nodes": 10_000, "compression": 8.0, "flop_compression": 7.0}
     return [
         {"part": "rows", "name": "rows", "output_bytes": 1 << 30, "ms": {"ours": ours, "torch": 1.0, "copy": 0.9}},
         common | {"part": "attention", "name": "alone", "compression": 1, "ms": attention},

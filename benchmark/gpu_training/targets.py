@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_forward.checks import at_least, at_most
+from gpu_forward.checks import at_least, at_most, with_flops
 
 Row = dict[str, Any]
 
@@ -23,7 +23,8 @@ def targets(rows: list[Row]) -> list[Row]:
         of_shape = [row for row in rows if row["shape"] == shape]
         own = [row for row in of_shape if {"none", "full"} <= row["wall_ms"].keys()]
         for loss, share in SHARE.items():
-            speeds = [(row["speedup"]["full"] / row["compression"], name(row)) for row in own if row["loss"] == loss]
+            of_loss = [row for row in own if row["loss"] == loss]
+            speeds = [(row["speedup"]["full"] / row["compression"], with_flops(name(row), row)) for row in of_loss]
             checks += at_least(f"{shape}, loss on {loss}: speed-up as a share of compression", share, speeds)
         memory = [(memory_ratio(row), name(row)) for row in own]
         checks += at_most(f"{shape}: memory of full over N'/N of that of none", MEMORY, memory)

@@ -16,6 +16,7 @@ def row(full: float = 2.3, peak: float = 30.0, slowest: float = 0.9, loss: float
         "batch": "4 x 8",
         "loss": on,
         "compression": 2.4,
+        "flop_compression": 2.4,
         "wall_ms": {"none": 2.3, "full": 2.3 / full},
         "speedup": {"none": 1.0, "full": full},
         "peak_gib": {"none": 60.0, "full": peak},

@@ -1,0 +1,70 @@
+"""README.md's text on the CUDA kernels and the Rust model on them."""
+
+from typing import Any
+
+from gpu_forward.checks import missed
+from gpu_kernels.targets import targets
+
+Row = dict[str, Any]
+
+DTYPES = ("f32", "f16", "bf16")
+# What rows by index are held against.
+OTHERS = {"copy": "a copy of as many bytes", "torch": "torch", "candle": "candle"}
+# Ways of attention, over FlashAttention-2 on every copy.
+WAYS = {"ours none": "ours, `none`", "flash full": "query-folded", "flex": "FlexAttention", "ours full": "ours, `full`"}
+
+
+def section(result: Row) -> str:
+    """What was measured, a table for each part and the targets that were missed."""
+    parts = {part: [row for row in result["rows"] if row["part"] == part] for part in ("rows", "attention", "model")}
+    texts = [
+        f"The CUDA kernels and the Rust model, on one {result['hardware'].get('gpu', 'CPU')} "
+        "(`python benchmark/gpu_kernels/measure.py`, [result](benchmark/results/gpu_kernels.json), "
+        "[plot](benchmark/results/gpu_kernels.png)). The Qwen3 in bf16, random weights, last-token states, tokens to "
+        "result: speed-up over its own `none`, by how many times the fold lowers tokens and flops, and how fast `none` "
+        "is over the same model in torch, compiled, with FlashAttention-2:",
+        table(["batch", "Qwen3", "N/N'", "flops", "`mlp`", "`full`", "`full`, ms", "`none` over torch"], models(parts)),
+        missed(targets(result["rows"])),
+        "<details>\n<summary>Kernels alone</summary>",
+        "Attention of one layer, bf16, heads of 128: speed-up over FlashAttention-2 on every copy:",
+        table(["batch", "heads", "N/N'", *WAYS.values()], attentions(parts)),
+        f"Rows by index: how fast they are over others, in {', '.join(DTYPES)}:",
+        table(["rows → ids", *(f"over {other}" for other in OTHERS.values())], selections(parts)),
+        "</details>",
+    ]
+    return "\n\n".join(text for text in texts if text)
+
+
+def table(titles: list[str], lines: list[list[str]]) -> str:
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def models(parts: dict[str, list[Row]]) -> list[list[str]]:
+    """In the order of the first model's batches."""
+    order = list(dict.fromkeys(row["name"] for row in parts["model"]))
+    lines = []
+    for row in sorted(parts["model"], key=lambda row: (order.index(row["name"]), row["shape"])):
+        ms = row["ms"]
+        ratios = [row["compression"], row["flop_compression"], ms["none"] / ms["mlp"], ms["none"] / ms["full"]]
+        cells = [*map("{:.2f}".format, ratios), f"{ms['full']:.1f}", f"{ms['torch none'] / ms['none']:.2f}"]
+        lines.append([row["name"], row["shape"].removeprefix("qwen3-").upper(), *cells])
+    return lines
+
+
+def attentions(parts: dict[str, list[Row]]) -> list[list[str]]:
+    lines = []
+    for row in parts["attention"]:
+        speeds = [f"{row['ms']['flash none'] / row['ms'][way]:.2f}" if way in row["ms"] else "" for way in WAYS]
+        lines.append([row["name"], row["shape"], f"{row['compression']:.2f}", *speeds])
+    return lines
+
+
+def selections(parts: dict[str, list[Row]]) -> list[list[str]]:
+    """A line for the rows that differ in dtype alone."""
+    found = {row["name"]: row["ms"] for row in parts["rows"]}
+    lines = []
+    for name in dict.fromkeys(name.rsplit(", ", 1)[0] for name in found):
+        of_dtypes = [found[f"{name}, {dtype}"] for dtype in DTYPES]
+        lines.append([name, *(" · ".join(f"{ms[other] / ms['ours']:.2f}" for ms in of_dtypes) for other in OTHERS)])
+    return lines
