@@ -12,8 +12,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
-use radix_mlp::Fold;
 use radix_mlp::qwen3::{FoldLevel, ModelError, Pooling, Qwen3Config, Qwen3Model};
+use radix_mlp::{Fold, Layout};
 use serde_json::json;
 
 type Batch = Vec<Vec<u32>>;
@@ -65,7 +65,8 @@ fn run(model: &Qwen3Model, batch: &Batch, level: FoldLevel) -> Result<String, Bo
     for sequence in batch {
         cu_seq_lengths.push(cu_seq_lengths[cu_seq_lengths.len() - 1] + sequence.len() as u32);
     }
-    let fold = Fold::builder(&input_ids, &position_ids, &cu_seq_lengths).build()?;
+    let builder = Fold::builder(&input_ids, &position_ids, &cu_seq_lengths);
+    let fold = builder.layout(Layout::DepthFirst).build()?;
     let folded = start.elapsed().as_secs_f64();
     let states = model.forward(&fold, level)?;
     // On CUDA everything is enqueued by now, and little of it done.

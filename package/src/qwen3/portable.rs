@@ -94,17 +94,31 @@ impl Batch {
             FoldLevel::None | FoldLevel::Full => None,
         };
         let rows_of_fold = order.map(|order| Ids::new(&inverse(order), nodes, device));
-        let (cos, sin) = RopeTable::new(config, &positions).into_parts();
-        let table =
-            |values| Tensor::from_vec(values, (positions.len(), config.head_dim / 2), device);
         Ok(Self {
             input_ids: Ids::new(&ids, config.vocab_size, device)?,
-            angles: [table(cos)?, table(sin)?],
+            angles: angles(config, &positions, device)?,
             mask: mask(config, &tree.subtree_end, device)?,
             expansion,
             rows_of_fold: rows_of_fold.transpose()?,
         })
     }
+}
+
+/// Computed once for each position, and spread to the rows where they are used: rows are many more.
+fn angles(
+    config: &Qwen3Config,
+    positions: &[u32],
+    device: &Device,
+) -> std::result::Result<[Tensor; 2], ModelError> {
+    let end = positions.iter().max().map_or(0, |&last| last + 1);
+    let every: Vec<u32> = (0..end).collect();
+    let rows = Ids::new(positions, every.len(), device)?;
+    let (cos, sin) = RopeTable::new(config, &every).into_parts();
+    let spread = |values| {
+        let table = Tensor::from_vec(values, (every.len(), config.head_dim / 2), device)?;
+        index_select(&table, &rows)
+    };
+    Ok([spread(cos)?, spread(sin)?])
 }
 
 /// The rows that attend to each other, as tree attention takes them.

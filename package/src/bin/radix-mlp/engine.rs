@@ -7,7 +7,7 @@ use anyhow::Context;
 use candle_core::{DType, Device};
 use radix_mlp::qwen3::{FoldLevel, HiddenStates, Qwen3Model};
 use radix_mlp::text::{MaxLength, TextEncoder};
-use radix_mlp::{Budget, Fold, plan_batches};
+use radix_mlp::{Budget, Fold, Layout, plan_batches};
 
 use super::progress::Totals;
 
@@ -230,7 +230,7 @@ impl Engine {
     }
 }
 
-/// Folds sequences whose positions count from 0.
+/// Folds sequences whose positions count from 0, in the order that attention on a GPU needs.
 pub fn fold<'a>(sequences: impl Iterator<Item = &'a [u32]>) -> anyhow::Result<Fold> {
     let (mut input_ids, mut position_ids, mut cu_seq_lengths) = (Vec::new(), Vec::new(), vec![0]);
     for sequence in sequences {
@@ -239,5 +239,6 @@ pub fn fold<'a>(sequences: impl Iterator<Item = &'a [u32]>) -> anyhow::Result<Fo
         let end = u32::try_from(input_ids.len()).context("a batch holds less than 2^32 tokens")?;
         cu_seq_lengths.push(end);
     }
-    Ok(Fold::builder(&input_ids, &position_ids, &cu_seq_lengths).build()?)
+    let builder = Fold::builder(&input_ids, &position_ids, &cu_seq_lengths);
+    Ok(builder.layout(Layout::DepthFirst).build()?)
 }
