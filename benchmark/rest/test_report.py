@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,13 @@ from rest.servers import BINARY, ROOT, VLLM_BLOCK, Machine, Server, cache_counte
 from rest.targets import targets
 from rest.traffic import Request
 
-BINARIES = [path for path in (BINARY, ROOT / "target" / "debug" / "radix-mlp") if path.exists()]
+
+def serves(binary: Path) -> bool:
+    """Whether it is there and was built with the server: the demo's was not."""
+    return binary.exists() and subprocess.run([binary, "serve", "--help"], capture_output=True).returncode == 0
+
+
+BINARIES = [path for path in (BINARY, ROOT / "target" / "debug" / "radix-mlp") if serves(path)]
 
 
 def row(mean: float, ratio: float) -> dict[str, Any]:
