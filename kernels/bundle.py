@@ -36,13 +36,14 @@ def main() -> None:
         "radix-mlp": ["build", *radix_mlp, "--bin", "radix-mlp"],
         "forward": ["build", *radix_mlp, "--example", "forward"],
         "measure": ["build", *kernels, "--example", "measure"],
+        "tests/radix_mlp_kernels": ["test", "--no-run", *kernels, "--lib"],
         "tests/kernels": ["test", "--no-run", *kernels, "--test", "kernels"],
         "tests/qwen3_transformers": ["test", "--no-run", *radix_mlp, "--test", "qwen3_transformers"],
     }
     for name, command in programs.items():
         place = given.bundle / name
         place.parent.mkdir(exist_ok=True)
-        shutil.copy2(build(command, environment), place)
+        shutil.copy2(build(command, place.name, environment), place)
         subprocess.run(["strip", place], check=True)
     shutil.copy2(ROOT / "kernels" / "bundle_test.sh", given.bundle / "test")
     shutil.copy2(ROOT / "package" / "tests" / "make_checkpoints.py", given.bundle / "tests")
@@ -58,15 +59,15 @@ def cuda(toolkit: Path) -> dict[str, str]:
     return {"CUDA_HOME": home, "PATH": f"{home}/bin:{os.environ['PATH']}", "CUDA_COMPUTE_CAP": OLDEST}
 
 
-def build(command: list[str], environment: dict[str, str]) -> Path:
-    """What `cargo COMMAND` makes of the target that it ends with; for tests it makes the package's programs too."""
+def build(command: list[str], target: str, environment: dict[str, str]) -> Path:
+    """What `cargo COMMAND` makes of `target`; for tests it makes the package's programs too."""
     # Beside the builds without CUDA, whose programs have the same names.
     apart = ["--target-dir", str(ROOT / "target" / "cuda-build")]
     cargo = ["cargo", *command, "--release", *apart, "--message-format=json-render-diagnostics"]
     output = subprocess.run(cargo, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines()]
     made = [message for message in messages if message.get("executable")]
-    (executable,) = [message["executable"] for message in made if message["target"]["name"] == command[-1]]
+    (executable,) = [message["executable"] for message in made if message["target"]["name"] == target]
     return Path(executable)
 
 

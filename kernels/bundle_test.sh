@@ -24,6 +24,7 @@ run() { # NAME COMMAND...
 # The model's test looks for its script where cargo says the package is.
 mkdir -p "$here/package/tests" && cp "$here/tests/make_checkpoints.py" "$here/package/tests"
 run "kernels against their oracles" "$here/tests/kernels" --ignored --test-threads 1
+run "kernels against each other" "$here/tests/radix_mlp_kernels" --ignored --test-threads 1
 run "model against transformers" env CARGO_MANIFEST_DIR="$here/package" "$here/tests/qwen3_transformers" --ignored --test-threads 1 --nocapture
 if [ "${1:-}" = --sanitize ]; then
     for tool in memcheck racecheck; do

@@ -33,6 +33,11 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
     del precise
     computed |= {name: folded_states(model, kept, "none", size) for name, size in sizes.items()}
     computed["full"] = folded_states(model, kept, "full", whole)
+    # What another kernel decides of every copy, and what the same one decides of the folded batch.
+    computed["padded"] = states(model, kept, whole)
+    if model.device.type == "cuda":
+        computed["query_folded"] = folded_states(model, kept, "full", whole, backend="query_folded")
+    others = [name for name in ("full", "padded", "query_folded") if name in computed]
     decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in computed.items()}
 
     def differ(one: str, other: str) -> dict[str, int]:
@@ -42,8 +47,8 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
         "sequences": whole,
         "tokens": sum(map(len, kept)),
         "decisions": {kind: len(made) for kind, made in decisions["none"].items()},
-        **{f"{name} from none": differ(name, "none") for name in ("full", *sizes)},
-        **{f"{name} from float32": differ(name, "float32") for name in ("none", "full")},
+        **{f"{name} from none": differ(name, "none") for name in (*others, *sizes)},
+        **{f"{name} from float32": differ(name, "float32") for name in ("none", *others)},
     }
 
 
@@ -58,8 +63,8 @@ def first(batch: Batch) -> Batch:
     return kept
 
 
-def folded_states(model: PreTrainedModel, batch: Batch, level: Any, chunk: int) -> Tensor:
-    with folded(twin(model), level=level) as changed:
+def folded_states(model: PreTrainedModel, batch: Batch, level: Any, chunk: int, backend: Any = None) -> Tensor:
+    with folded(twin(model), level=level, backend=backend) as changed:
         return states(changed, batch, chunk)
 
 

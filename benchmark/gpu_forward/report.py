@@ -72,10 +72,13 @@ def flips(rows: list[Row]) -> str:
 
     sizes = [size for size in OTHER_SIZES if all(f"{size} from none" in row for row in found)]
     others = ", ".join(f"with {size} {share(f'{size} from none')}" for size in sizes)
+    ways = {"query_folded": "`full` with `query_folded`", "padded": "the padded model"}
+    told = [name for name in ways if all(f"{name} from none" in row for row in found)]
+    more = "".join(f", {ways[name]} {share(f'{name} from none')}" for name in told)
     return (
         f"Of {pooled(found, 'decisions', 'sampled'):,} top-1 decisions at random weights (0.6B), `none` differs from "
         f"float32 in {share('none from float32')} and `full` in {share('full from float32')}; from `none`, `full` "
-        f"differs in {share('full from none')}, `none` {others}: bf16 sums run in another order."
+        f"differs in {share('full from none')}{more}, `none` {others}: bf16 sums run in another order."
     )
 
 
