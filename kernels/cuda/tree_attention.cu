@@ -11,19 +11,12 @@ constexpr int AMPERE_THREADS = 128;
 
 template <typename T, int HEAD_DIM>
 __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,
-                       const uint32_t *depth, const Lists &lists, const Sizes &given) {
+                       const uint32_t *depth, const Tile &tile, const Blocks &blocks, const Sizes &given) {
     constexpr int THREADS = AMPERE_THREADS, PARTS = 2;
     const uint32_t q_memory = shared_address(shared_memory());
     const uint32_t k_memory = q_memory + TILE * HEAD_DIM * 2;
     const uint32_t v_memory = k_memory + KEYS * HEAD_DIM * 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-    // The last tiles have the longest lists: they come first.
-    const uint32_t number = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y;
-    const Tile tile(given, number, kv_head);
-    const Blocks blocks(lists, number);
-    k += kv_head * given.k_head;
-    v += kv_head * given.v_head;
 
     load_queries<T, HEAD_DIM, THREADS>(q_memory, q, tile, given);
     Queries<T, HEAD_DIM, PARTS> own(tile, depth, given);
@@ -102,7 +95,4 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
 
 } // namespace
 
-TREE_ATTENTION(tree_attention_f16_64, ampere, __half, 64, AMPERE_THREADS, 2)
-TREE_ATTENTION(tree_attention_f16_128, ampere, __half, 128, AMPERE_THREADS, 2)
-TREE_ATTENTION(tree_attention_bf16_64, ampere, __nv_bfloat16, 64, AMPERE_THREADS, 2)
-TREE_ATTENTION(tree_attention_bf16_128, ampere, __nv_bfloat16, 128, AMPERE_THREADS, 2)
+TREE_ATTENTIONS(tree_attention, ampere, AMPERE_THREADS, 2)

@@ -250,13 +250,23 @@ template <typename T, int HEAD_DIM, int PARTS> struct Queries {
 
 } // namespace
 
-// The kernel NAME, of THREADS threads of which BLOCKS are on a multiprocessor, that calls COMPUTE<T, HEAD_DIM>. `lse` is
-// null where nobody wants it, `depth` [rows] where there is no window.
+// The kernel NAME, of THREADS threads of which BLOCKS are on a multiprocessor, that calls COMPUTE<T, HEAD_DIM> for a tile and
+// a key head. `lse` is null where nobody wants it, `depth` [rows] where there is no window.
 #define TREE_ATTENTION(NAME, COMPUTE, T, HEAD_DIM, THREADS, BLOCKS)                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
         NAME(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,                    \
              const uint32_t *depth, const uint32_t *full, const uint32_t *full_blocks, const uint32_t *partial,      \
              const uint32_t *partial_blocks, const __grid_constant__ Sizes given) {                                  \
         const Lists lists = {full, full_blocks, partial, partial_blocks};                                            \
-        COMPUTE<T, HEAD_DIM>(q, k, v, out, lse, subtree_end, depth, lists, given);                                   \
+        /* The last tiles have the longest lists: they come first. */                                                \
+        const uint32_t tile = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y;                                      \
+        COMPUTE<T, HEAD_DIM>(q, k + kv_head * given.k_head, v + kv_head * given.v_head, out, lse, subtree_end,       \
+                             depth, Tile(given, tile, kv_head), Blocks(lists, tile), given);                         \
     }
+
+// For every dtype and head_dim: PREFIX_f16_64 and so on.
+#define TREE_ATTENTIONS(PREFIX, COMPUTE, THREADS, BLOCKS)                                                            \
+    TREE_ATTENTION(PREFIX##_f16_64, COMPUTE, __half, 64, THREADS, BLOCKS)                                            \
+    TREE_ATTENTION(PREFIX##_f16_128, COMPUTE, __half, 128, THREADS, BLOCKS)                                          \
+    TREE_ATTENTION(PREFIX##_bf16_64, COMPUTE, __nv_bfloat16, 64, THREADS, BLOCKS)                                    \
+    TREE_ATTENTION(PREFIX##_bf16_128, COMPUTE, __nv_bfloat16, 128, THREADS, BLOCKS)

@@ -39,19 +39,12 @@ __device__ void multiply_values(float (&acc)[HEAD_DIM / 8][4], const uint32_t (&
 
 template <typename T, int HEAD_DIM>
 __device__ void hopper(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,
-                       const uint32_t *depth, const Lists &lists, const Sizes &given) {
+                       const uint32_t *depth, const Tile &tile, const Blocks &blocks, const Sizes &given) {
     constexpr int THREADS = HOPPER_THREADS, STAGE = KEYS * HEAD_DIM * 2;
     const uint32_t q_memory = shared_address(shared_memory());
     const uint32_t k_memory = q_memory + TILE * HEAD_DIM * 2;
     const uint32_t v_memory = k_memory + 2 * STAGE;
     const uint32_t own_q_memory = q_memory + threadIdx.x / 128 * 64 * 128;
-
-    // The last tiles have the longest lists: they come first.
-    const uint32_t number = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y;
-    const Tile tile(given, number, kv_head);
-    const Blocks blocks(lists, number);
-    k += kv_head * given.k_head;
-    v += kv_head * given.v_head;
 
     // Block i is in stage i % 2.
     auto fetch = [&](uint32_t memory, const T *from, int64_t stride, uint32_t i) {
@@ -105,7 +98,4 @@ __device__ void hopper(const T *q, const T *k, const T *v, T *out, float *lse, c
 
 } // namespace
 
-TREE_ATTENTION(tree_attention_hopper_f16_64, hopper, __half, 64, HOPPER_THREADS, 2)
-TREE_ATTENTION(tree_attention_hopper_f16_128, hopper, __half, 128, HOPPER_THREADS, 2)
-TREE_ATTENTION(tree_attention_hopper_bf16_64, hopper, __nv_bfloat16, 64, HOPPER_THREADS, 2)
-TREE_ATTENTION(tree_attention_hopper_bf16_128, hopper, __nv_bfloat16, 128, HOPPER_THREADS, 2)
+TREE_ATTENTIONS(tree_attention_hopper, hopper, HOPPER_THREADS, 2)
