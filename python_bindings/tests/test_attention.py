@@ -167,6 +167,7 @@ def test_compiled_models_attend() -> None:
         return attention(2 * x, x, x, fold) + 1
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, backend="eager", dynamic=True)
     for length in (3, 9, 40, 41):
         fold = Fold.from_sequences([[1] * length, [1, 2]])

@@ -208,6 +208,21 @@ def test_frozen_heads_get_no_gradient() -> None:
         assert not cross_entropy(hidden, head, fold, labels).requires_grad
 
 
+def test_compiled_steps_take_a_loss() -> None:
+    """The graph breaks around it, once for all folds: what a fold has is for the host to read."""
+
+    def step(hidden: Tensor, head: Tensor, fold: Fold, labels: Tensor) -> Tensor:
+        return 2 * cross_entropy(hidden, head, fold, labels) - log_probs(hidden, head, fold, labels).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="eager", dynamic=True)
+    for length in (3, 9, 40):
+        fold = Fold.from_sequences([[1] * length, [1, 2]])
+        hidden, head = torch.randn(fold.num_rows, 4), torch.randn(7, 4)
+        labels = torch.arange(fold.num_tokens) % 7
+        torch.testing.assert_close(compiled(hidden, head, fold, labels), step(hidden, head, fold, labels))
+
+
 def test_nothing_to_predict_is_zero() -> None:
     fold, labels = packed([[1], [1]], "depth_first")
     hidden, head, leaves = draw(fold, torch.float32, "plain")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from radix_mlp._host import to_host
 from radix_mlp.fold import Fold
+from radix_mlp.torch.eager import eager
 from radix_mlp.torch.fold import to_device
 from radix_mlp.torch.softmax import logsumexp, reads_logits, softmax_
 
@@ -48,6 +49,7 @@ class Head:
     softcap: float | None = None
 
 
+@eager
 def cross_entropy(
     hidden: Tensor,
     lm_head: Head | Tensor | None,
@@ -105,6 +107,7 @@ def cross_entropy(
     return loss
 
 
+@eager
 def log_probs(
     hidden: Tensor, lm_head: Head | Tensor | None, fold: Fold, labels: Tensor, *, ignore_index: int = -100
 ) -> Tensor:
