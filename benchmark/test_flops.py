@@ -31,3 +31,8 @@ def test_rows_without_labels_need_no_logits() -> None:
     for prompt, heads, folded in ((0, 6, 4), (2, 4, 3)):
         expected = (8 * row + heads * head) / (6 * row + folded * head)
         assert flop_compression(CONFIG, sequences, prompt) == pytest.approx(expected, rel=1e-3)
+
+
+def test_states_alone_need_no_logits() -> None:
+    sequences = [[1, 2, 3, 4], [1, 2, 5, 6]]
+    assert flop_compression(CONFIG, sequences, None) == pytest.approx(8 / 6, rel=1e-4)

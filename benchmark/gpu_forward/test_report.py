@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from gpu_forward.report import README, SECTIONS, forward, measured, with_sections
+from gpu_forward.report import README, SECTIONS, flips, forward, measured, with_sections
 from gpu_training.report import section
 
 RUN = "run: python benchmark/gpu_forward/report.py --write"
@@ -29,6 +29,15 @@ def test_every_row_is_told() -> None:
     result = measured()["gpu_forward"]
     table = [line for line in forward(result).splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(result["rows"])
+
+
+def test_decisions_of_other_kernels_are_told_where_they_were_counted() -> None:
+    ways = ("full", "padded", "query_folded")
+    counted: dict[str, Any] = {"decisions": {"sampled": 200}}
+    counted |= {f"{way} from float32": {"sampled": 6} for way in ("none", "full")}
+    told = flips([{"flips": counted | {f"{way} from none": {"sampled": 1 + at} for at, way in enumerate(ways)}}])
+    assert "`full` differs in 0.50 %, `full` with `query_folded` 1.50 %, the padded model 1.00 %" in told
+    assert "padded" not in flips([{"flips": counted | {"full from none": {"sampled": 1}}}])
 
 
 def test_training() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_forward.targets import OTHER_SIZES
+
 BENCHMARK = Path(__file__).resolve().parents[1]
 
 
@@ -42,9 +44,11 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for row in rows:
         assert {"padded", "none", "mlp", "full"} <= row["wall_ms"].keys()
         assert row["flips"]["decisions"]["last"] == row["sequences"]
-        compared = [counts["last"] for name, counts in row["flips"].items() if " from " in name]
-        assert len(compared) >= 9
-        assert max(compared) <= row["sequences"]
+        compared = {name: counts["last"] for name, counts in row["flips"].items() if " from " in name}
+        ways = {"full", "padded"} | ({"query_folded"} if torch.cuda.is_available() else set())
+        expected = {f"{way} from none" for way in (*ways, *OTHER_SIZES)}
+        assert compared.keys() == expected | {f"{way} from float32" for way in (*ways, "none")}
+        assert max(compared.values()) <= row["sequences"]
     run(monkeypatch, "gpu_forward/plot.py", result)
     assert result.with_suffix(".png").stat().st_size > 0
 
