@@ -37,8 +37,11 @@ SHAPES = {
 }
 
 
-def write_model(name: str, directory: Path) -> Path:
-    """A Hugging Face directory with the weights in bfloat16: matrices of transformers' own start, norms of 1."""
+def write_model(name: str, directory: Path, device: str = "cpu") -> Path:
+    """A Hugging Face directory with the weights in bfloat16: matrices of transformers' own start, norms of 1.
+
+    They are drawn on `device`: for 8B a CPU takes minutes.
+    """
     index = directory / "model.safetensors.index.json"
     if index.exists():
         return directory
@@ -51,7 +54,7 @@ def write_model(name: str, directory: Path) -> Path:
     ).save_pretrained(directory)
     with torch.device("meta"):
         sizes = {key: tuple(value.shape) for key, value in AutoModel.from_config(config).state_dict().items()}  # type: ignore[no-untyped-call]
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     where: dict[str, str] = {}
     # "layers.3.mlp.up_proj.weight" is in the shard of "layers.3".
     for number, (_, keys) in enumerate(groupby(sizes, lambda key: key.split(".")[:2])):
@@ -65,5 +68,6 @@ def write_model(name: str, directory: Path) -> Path:
 
 
 def _start(size: tuple[int, ...], deviation: float, draw: torch.Generator) -> torch.Tensor:
-    weight = torch.ones(size) if len(size) == 1 else torch.empty(size).normal_(0, deviation, generator=draw)
-    return weight.to(torch.bfloat16)
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    return torch.empty(size, device=draw.device).normal_(0, deviation, generator=draw).to("cpu", torch.bfloat16)

@@ -1,12 +1,16 @@
-"""The README's table of the REST benchmark, and its plot."""
+"""The README's tables of the REST benchmark, and its plot."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-START, END = "<!-- rest:start -->", "<!-- rest:end -->"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+# Of models on a GPU, smallest first.
+SHAPES = ("0.6b", "4b", "8b")
+COLUMNS = "p50 | p90 | p99 | mean | tokens/s | N/N' | mean, times `none` |"
 COLORS = {
     "none": "tab:gray",
     "mlp": "tab:blue",
@@ -18,25 +22,36 @@ COLORS = {
 
 
 def section(result: dict[str, Any]) -> str:
-    """What stands between the README's markers."""
-    told = (
+    """What the README says of servers on the CPU."""
+    lines = [f"| server, batch tokens | {COLUMNS}", f"|{'---|' * 8}", *table(result)]
+    return "\n\n".join(["\n".join(lines), told(result), verdict([result])])
+
+
+def gpu_section(results: list[dict[str, Any]]) -> str:
+    """What the README says of servers on a GPU, with models of several sizes; the traffic is the same."""
+    lines = [f"| Qwen3 | server, batch tokens | {COLUMNS}", f"|{'---|' * 9}"]
+    lines += [f"| {result['model']['shape'].upper()} {line}" for result in results for line in table(result)]
+    where = f"On one {results[0]['gpu']}, in {results[0]['dtype']}. {told(results[0])}"
+    return "\n\n".join(["\n".join(lines), where, verdict(results)])
+
+
+def told(result: dict[str, Any]) -> str:
+    """What was asked of the servers."""
+    return (
         f"{result['rounds']} rounds of {result['requests']} requests of {result['pairs']} texts, template "
         f"`{result['template']}`, {result['concurrency']} at a time; commit {result['commit']}."
-    )
-    return "\n\n".join([table(result), told + (f" {result['note']}" if result.get("note") else ""), verdict(result)])
+    ) + (f" {result['note']}" if result.get("note") else "")
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = [
-        "| server, batch tokens | p50 | p90 | p99 | mean | tokens/s | N/N' | mean, times `none` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(result: dict[str, Any]) -> list[str]:
+    """A line for each server."""
+    lines = []
     for name, row in result["passages"].items():
         percentiles = " | ".join(f"{row[key]:.2f} s" for key in ("p50", "p90", "p99", "mean"))
         rate, ratio = f"{row['tokens_per_second']:,.0f}", f"{row['fold_ratio']:.2f}"
         base = result["passages"][reference(name)]["mean"]
         lines.append(f"| {name} | {percentiles} | {rate} | {ratio} | {base / row['mean']:.2f} |")
-    return "\n".join(lines)
+    return lines
 
 
 def reference(name: str) -> str:
@@ -45,16 +60,39 @@ def reference(name: str) -> str:
     return f"none, {tokens if tokens.isdigit() else 16384}"
 
 
-def verdict(result: dict[str, Any]) -> str:
-    checks = result["targets"]
-    missed = [f"- missed: {check['target']}, is {check['value']}" for check in checks if not check["met"]]
+def verdict(results: list[dict[str, Any]]) -> str:
+    checks = [(result, check) for result in results for check in result["targets"]]
+    missed = [
+        f"- missed: {model(result) if len(results) > 1 else ''}{check['target']}, is {check['value']}"
+        for result, check in checks
+        if not check["met"]
+    ]
     return "\n".join([f"Targets met: {len(checks) - len(missed)} of {len(checks)}.", *missed])
 
 
-def into_readme(result: dict[str, Any], readme: Path) -> None:
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{START}\n{section(result)}\n{END}{after}")
+def model(result: dict[str, Any]) -> str:
+    return f"{result['model']['shape'].upper()}, "
+
+
+def sections() -> dict[str, str]:
+    """By the name of the README's marker, what the committed results say."""
+    found = {"rest": section(json.loads((RESULTS / "rest.json").read_text()))}
+    files = [RESULTS / f"rest_gpu_{shape}.json" for shape in SHAPES]
+    if results := [json.loads(file.read_text()) for file in files if file.exists()]:
+        found["rest_gpu"] = gpu_section(results)
+    return found
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+
+
+def into_readme(readme: Path) -> None:
+    for name, text in sections().items():
+        start, end = markers(name)
+        before, _, rest = readme.read_text().partition(start)
+        _, _, after = rest.partition(end)
+        readme.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 def most_folded(runs: dict[str, Any]) -> float:

@@ -1,15 +1,16 @@
 """Text in, vectors out, over HTTP: the server unfolded, at the paper's level and folded, and sentence-transformers.
 
-Each configuration is a server of its own, with the same threads, started in turn; rounds alternate, so that a slow
-moment of the machine meets all of them. The model is a Qwen3 with random weights. Where vLLM is on the PATH, it is
-measured too, without and with its cache of prefixes. The numbers are medians of the rounds.
+Each configuration is a server of its own, with the same threads; rounds alternate, so that a slow moment of the machine
+meets all of them. On a CPU they are started in turn, on a GPU once, for loading takes longer there than measuring. The
+model is a Qwen3 with random weights. Where vLLM is on the PATH, it is measured too, without and with its cache of
+prefixes. The numbers are medians of the rounds.
 
 examples:
   python benchmark/rest/run.py           # 20 minutes on two idle cores; rewrites the result, plot and README
   python benchmark/rest/run.py --smoke   # a tiny model, two requests, writes nothing: does it run?
-  python benchmark/rest/run.py --plot    # draws the plot and the README's table from the JSON result
-  python benchmark/rest/run.py --shape 4b --device cuda:0 --dtype bf16 --template reranker --words 0 --requests 64 \\
-      --prefixes 64 256 1024 --own 64 --out rest_4b.json
+  python benchmark/rest/run.py --plot    # draws the plot and the README's tables from the JSON results
+  python benchmark/rest/run.py --shape 4b --device cuda:0 --dtype bf16 --template reranker --words 0 --requests 48 \\
+      --prefixes 64 256 1024 --own 64 --out benchmark/results/rest_gpu_4b.json
   python benchmark/rest/run.py --url none=http://host:3000 --url full=http://host:3001 --out running.json
 """
 
@@ -21,6 +22,8 @@ import platform
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +41,12 @@ from real_batches import DATA  # noqa: E402
 from rest import servers  # noqa: E402
 from rest.client import Run, Target, drive  # noqa: E402
 from rest.models import SHAPES, write_model  # noqa: E402
-from rest.report import into_readme, plot, section  # noqa: E402
+from rest.report import RESULTS, into_readme, plot, section  # noqa: E402
 from rest.servers import Machine, Server, cache_counters, serving  # noqa: E402
 from rest.targets import targets  # noqa: E402
 from rest.traffic import TEMPLATES, Request, requests, shared_prefixes, strangers  # noqa: E402
 
-RESULT = ROOT / "benchmark" / "results" / "rest.json"
+RESULT = RESULTS / "rest.json"
 LEVELS = ("none", "mlp", "full")
 # Of the throughput of the unfolded server in the closed loop: it keeps up, and queues are short.
 OPEN_LOAD = 0.7
@@ -57,7 +60,7 @@ def configurations(options: argparse.Namespace) -> dict[str, Server]:
     if options.url:
         named = dict(pair.split("=", 1) for pair in options.url)
         return {f"{name}, 16384": Server(url=url.rstrip("/")) for name, url in named.items()}
-    model = write_model(options.shape, ROOT / "target" / "rest" / options.shape)
+    model = write_model(options.shape, ROOT / "target" / "rest" / options.shape, options.device)
     machine = Machine(model, options.device, options.dtype, options.threads)
     found = {"sentence-transformers": servers.sentence_transformers(machine)}
     if executable := shutil.which("vllm"):
@@ -66,7 +69,20 @@ def configurations(options: argparse.Namespace) -> dict[str, Server]:
     for tokens in (16384, 65536):
         for level in LEVELS:
             found[f"{level}, {tokens}"] = servers.radix_mlp(machine, level, tokens, options.binary)
-    return found | {"auto, 16384": servers.radix_mlp(machine, "auto", 16384, options.binary)}
+    found["auto, 16384"] = servers.radix_mlp(machine, "auto", 16384, options.binary)
+    return {name: server for name, server in found.items() if name not in options.without}
+
+
+@contextmanager
+def kept_running(configured: dict[str, Server], device: str) -> Iterator[dict[str, Server]]:
+    """The servers, those on a GPU started already: one that idles leaves it to the others.
+
+    vLLM is not: what it keeps of one run's prefixes, it would find in the next.
+    """
+    with ExitStack() as started:
+        kept = {name: server for name, server in configured.items() if device != "cpu" and not server.openai_model}
+        bar = tqdm(kept.items(), desc="starting servers", leave=False, disable=None)
+        yield configured | {name: replace(server, url=started.enter_context(serving(server))) for name, server in bar}
 
 
 def measured(
@@ -146,13 +162,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     bodies = requests(options.data, options.template, options.pairs, options.requests, options.words or None)
     tolerance = TOLERANCE[options.dtype]
     result = origin(configured, options)
-    result["passages"] = compare(bodies, configured, options.rounds, tolerance, concurrency=options.concurrency)
-    rate = OPEN_LOAD * result["passages"]["none, 16384"]["requests_per_second"]
-    few = {name: server for name, server in configured.items() if name in ("none, 16384", "full, 16384")}
-    # One round: requests arrive at the same moments for all.
-    result["open_loop"] = {"requests_per_second": round(rate, 4), "rounds": 1}
-    result["open_loop"] |= {"servers": compare(bodies, few, 1, tolerance, rate=rate)}
-    result["sharing"] = sharing(configured, options)
+    with kept_running(configured, options.device) as running:
+        result["passages"] = compare(bodies, running, options.rounds, tolerance, concurrency=options.concurrency)
+        rate = OPEN_LOAD * result["passages"]["none, 16384"]["requests_per_second"]
+        few = {name: server for name, server in running.items() if name in ("none, 16384", "full, 16384")}
+        # One round: requests arrive at the same moments for all.
+        result["open_loop"] = {"requests_per_second": round(rate, 4), "rounds": 1}
+        result["open_loop"] |= {"servers": compare(bodies, few, 1, tolerance, rate=rate)}
+        result["sharing"] = sharing(running, options)
     return result | {"targets": targets(result)}
 
 
@@ -202,6 +219,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--note", help="what else a reader of the README should know of this run")
     made.add_argument("--binary", type=Path, help="a server that is built; otherwise cargo builds it")
     made.add_argument("--url", action="append", metavar="NAME=URL", help="a running server; one is named none")
+    made.add_argument("--without", action="append", default=[], metavar="NAME", help="a server not to measure")
     made.add_argument("--shape", choices=SHAPES, default="100m")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     made.add_argument("--dtype", choices=TOLERANCE, default="f32")
@@ -253,8 +271,8 @@ def main() -> None:
     if not options.plot:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, options.out.with_suffix(".png"))
-    if options.out.resolve() == RESULT:
-        into_readme(result, ROOT / "README.md")
+    if options.out.resolve().parent == RESULTS:
+        into_readme(ROOT / "README.md")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def serving(server: Server) -> Iterator[str]:
         return
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    log = ROOT / "target" / "rest" / "server.log"
+    log = ROOT / "target" / "rest" / f"server_{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         environment = os.environ | server.environment
@@ -125,6 +125,7 @@ def serving(server: Server) -> Iterator[str]:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
+    log.unlink()
 
 
 def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:

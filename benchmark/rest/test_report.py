@@ -1,7 +1,6 @@
 """How the REST benchmark compares servers, what it tells of them, and that the README tells the same."""
 
 import asyncio
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,27 +56,58 @@ def test_targets(result: dict[str, Any]) -> None:
 
 
 def test_the_table_compares_with_the_unfolded_server_of_the_same_batches(result: dict[str, Any]) -> None:
-    lines = report.table(result).splitlines()
-    assert [line.split(" | ")[-1] for line in lines[2:]] == ["0.80 |", "1.00 |", "2.00 |", "1.00 |"]
-    assert lines[4] == "| full, 16384 | 2.00 s | 2.00 s | 2.00 s | 2.00 s | 1,000 | 2.00 | 2.00 |"
+    lines = report.table(result)
+    assert [line.split(" | ")[-1] for line in lines] == ["0.80 |", "1.00 |", "2.00 |", "1.00 |"]
+    assert lines[2] == "| full, 16384 | 2.00 s | 2.00 s | 2.00 s | 2.00 s | 1,000 | 2.00 | 2.00 |"
     assert "\n3 rounds of 2 requests of 4 texts, template `plain`, 2 at a time; commit abc.\n" in report.section(result)
     assert "commit abc. Slow day.\n" in report.section(result | {"note": "Slow day."})
     assert "Targets met: 3 of 5." in report.section(result)
     assert "- missed: nothing: auto, 16384: speed-up ≥ 0.98, is 0.909" in report.section(result)
 
 
-def test_plot_and_readme(result: dict[str, Any], tmp_path: Path) -> None:
+def test_the_gpu_table_names_the_models(result: dict[str, Any]) -> None:
+    results = [result | {"model": {"shape": shape}, "gpu": "a GPU", "dtype": "bf16"} for shape in ("0.6b", "4b")]
+    told = report.gpu_section(results)
+    assert "| 0.6B | full, 16384 | 2.00 s | 2.00 s | 2.00 s | 2.00 s | 1,000 | 2.00 | 2.00 |" in told
+    assert "Targets met: 6 of 10." in told
+    assert "- missed: 4B, nothing: auto, 16384: speed-up ≥ 0.98, is 0.909" in told
+
+
+def test_plot_and_readme(result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(report, "sections", lambda: {"rest": "new", "rest_gpu": "newer"})
+    (old, end), (older, last) = report.markers("rest"), report.markers("rest_gpu")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    report.into_readme(result, readme)
-    assert readme.read_text() == f"before\n{report.START}\n{report.section(result)}\n{report.END}\nafter\n"
+    readme.write_text(f"before\n{old}\nold\n{end}\nbetween\n{older}\n{last}\nafter\n")
+    report.into_readme(readme)
+    assert readme.read_text() == f"before\n{old}\nnew\n{end}\nbetween\n{older}\nnewer\n{last}\nafter\n"
 
 
-def test_the_readme_tells_the_committed_result() -> None:
-    told = (ROOT / "README.md").read_text().partition(report.START)[2].partition(report.END)[0].strip()
-    assert told == report.section(json.loads(run.RESULT.read_text()))
+def test_the_readme_tells_the_committed_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name, text in report.sections().items():
+        start, end = report.markers(name)
+        assert readme.partition(start)[2].partition(end)[0].strip() == text
+
+
+def test_servers_on_a_gpu_are_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def serving(server: Server) -> Iterator[str]:
+        events.append(f"start {server.command[0]}")
+        yield f"http://{server.command[0]}"
+        events.append(f"end {server.command[0]}")
+
+    monkeypatch.setattr(run, "serving", serving)
+    configured = {"a": Server(["a"]), "vLLM": Server(["vllm"], openai_model="m"), "b": Server(["b"])}
+    with run.kept_running(configured, "cuda:0") as running:
+        assert [server.url for server in running.values()] == ["http://a", None, "http://b"]
+        assert events == ["start a", "start b"]
+    assert events[2:] == ["end b", "end a"]
+    with run.kept_running(configured, "cpu") as running:
+        assert running == configured
 
 
 def vectors(value: float) -> list[Any]:
