@@ -42,7 +42,7 @@ from rest import servers  # noqa: E402
 from rest.client import Run, Target, drive  # noqa: E402
 from rest.models import SHAPES, write_model  # noqa: E402
 from rest.report import RESULTS, into_readme, plot, section  # noqa: E402
-from rest.servers import Machine, Server, cache_counters, serving  # noqa: E402
+from rest.servers import Machine, Server, cache_counters, serving, starting  # noqa: E402
 from rest.targets import targets  # noqa: E402
 from rest.traffic import TEMPLATES, Request, requests, shared_prefixes, strangers  # noqa: E402
 
@@ -79,10 +79,11 @@ def kept_running(configured: dict[str, Server], device: str) -> Iterator[dict[st
 
     vLLM is not: what it keeps of one run's prefixes, it would find in the next.
     """
-    with ExitStack() as started:
+    with ExitStack() as stack:
         kept = {name: server for name, server in configured.items() if device != "cpu" and not server.openai_model}
+        healthy = {name: stack.enter_context(starting(server)) for name, server in kept.items()}
         bar = tqdm(kept.items(), desc="starting servers", leave=False, disable=None)
-        yield configured | {name: replace(server, url=started.enter_context(serving(server))) for name, server in bar}
+        yield configured | {name: replace(server, url=healthy[name]()) for name, server in bar}
 
 
 def measured(

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +105,15 @@ def free_port() -> int:
 @contextmanager
 def serving(server: Server) -> Iterator[str]:
     """The URL of `server` once it is healthy. Raises RuntimeError where it ends before."""
+    with starting(server) as healthy:
+        yield healthy()
+
+
+@contextmanager
+def starting(server: Server) -> Iterator[Callable[[], str]]:
+    """A server that starts, and the wait for its URL, which raises RuntimeError where it ends before."""
     if server.url:
-        yield server.url
+        yield lambda: str(server.url)
         return
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -116,9 +123,13 @@ def serving(server: Server) -> Iterator[str]:
         environment = os.environ | server.environment
         command = [*server.command, "--port", str(port)]
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        try:
+
+        def healthy() -> str:
             _wait(process, url, log)
-            yield url
+            return url
+
+        try:
+            yield healthy
         finally:
             process.terminate()
             try:

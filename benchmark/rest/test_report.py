@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,12 @@ def test_servers_on_a_gpu_are_started_once(monkeypatch: pytest.MonkeyPatch) -> N
     events: list[str] = []
 
     @contextmanager
-    def serving(server: Server) -> Iterator[str]:
+    def starting(server: Server) -> Iterator[Callable[[], str]]:
         events.append(f"start {server.command[0]}")
-        yield f"http://{server.command[0]}"
+        yield lambda: f"http://{server.command[0]}"
         events.append(f"end {server.command[0]}")
 
-    monkeypatch.setattr(run, "serving", serving)
+    monkeypatch.setattr(run, "starting", starting)
     configured = {"a": Server(["a"]), "vLLM": Server(["vllm"], openai_model="m"), "b": Server(["b"])}
     with run.kept_running(configured, "cuda:0") as running:
         assert [server.url for server in running.values()] == ["http://a", None, "http://b"]
