@@ -18,14 +18,15 @@ the mathematics, the files test_*.py and proof_*.py the evidence.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,20 +37,21 @@ from radix_mlp.torch.dispatch import Backend
 
 Level = Literal["none", "mlp", "full"]
 
+# What tree attention reads.
+LAYOUT: Final = "depth_first"
+
 
 @dataclass(frozen=True)
 class Batch:
     """Packed sequences, folded for one level.
 
-    `fold` is what is computed: the trie of the batch, or at level "none" one that shares nothing. `tokens` is the
-    batch with nothing shared: what attention sees at level "mlp", and the loss at "none" and "mlp".
+    `fold` is what is computed: the trie of the batch, or at level "none" one that shares nothing.
     `input_ids` and `position_ids` are int32 [rows], `scatter_indices` and `fold_gather` int32 [N] and [rows] as in
     `Fold`. `labels` are int64 [N], on the host, where the loss sorts them while the device is busy.
     """
 
     level: Level
     fold: Fold
-    tokens: Fold
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
@@ -59,23 +61,28 @@ class Batch:
     @classmethod
     def from_sequences(
         cls,
-        sequences: list[list[int]],
+        sequences: Sequence[ArrayLike],
         level: Level = "full",
         device: str | torch.device = "cpu",
         first_position: int = 0,
     ) -> "Batch":
         """Fold `sequences` of token ids, whose positions count from `first_position`. Labels are the next tokens."""
-        bounds = np.cumsum([0, *map(len, sequences)])
-        ids = np.fromiter(chain.from_iterable(sequences), np.int64, bounds[-1])
+        arrays = [np.asarray(ids, np.int64) for ids in sequences]
+        bounds = np.cumsum([0, *map(len, arrays)])
+        ids = np.concatenate([np.empty(0, np.int64), *arrays])
         positions = np.arange(len(ids)) - np.repeat(bounds[:-1], np.diff(bounds)) + first_position
-        fold = partial(Fold, ids, positions, bounds, layout="depth_first")
-        # Sequences with different salts share nothing: their trie has a node for each token, in the order of tokens.
-        tokens = fold(salts=np.arange(len(sequences)))
-        folded = tokens if level == "none" else fold()
-        own = folded.tensors(device)
+        fold = _unshared(ids, positions, bounds) if level == "none" else Fold(ids, positions, bounds, layout=LAYOUT)
+        own = fold.tensors(device)
         labels = next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds))
-        arrays = own.input_ids, own.position_ids, labels, own.scatter_indices, own.fold_gather
-        return cls(level, folded, tokens, *arrays)
+        return cls(level, fold, own.input_ids, own.position_ids, labels, own.scatter_indices, own.fold_gather)
+
+    @cached_property
+    def tokens(self) -> Fold:
+        """The batch with nothing shared: what attention sees at level "mlp", and the loss at "none" and "mlp"."""
+        if self.level == "none":
+            return self.fold
+        ids, positions = (self.fold.unfold(rows) for rows in (self.fold.input_ids, self.fold.position_ids))
+        return _unshared(ids, positions, self.fold.cu_seq_lengths)
 
     def unfold(self, rows: Tensor) -> Tensor:
         """The row of each token: [rows, ...] to [N, ...]."""
@@ -84,6 +91,11 @@ class Batch:
     def fold_rows(self, tokens: Tensor) -> Tensor:
         """The first token of each row: [N, ...] to [rows, ...]. Its copies hold the same, so any of them would do."""
         return tokens if self.level == "none" else tokens.index_select(0, self.fold_gather)
+
+
+def _unshared(ids: NDArray[Any], positions: NDArray[Any], bounds: NDArray[Any]) -> Fold:
+    """A trie with a node for each token, in the order of tokens: sequences with different salts share nothing."""
+    return Fold(ids, positions, bounds, layout=LAYOUT, salts=np.arange(len(bounds) - 1))
 
 
 class _Unfold(torch.autograd.Function):
@@ -208,9 +220,11 @@ def rotary_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of x [rows, heads, head_dim]; cos and sin are [rows, 1, head_dim]."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    """Rotary positions of x [rows, heads, head_dim]; cos and sin are [rows, 1, head_dim].
+
+    The sines of the first half are negative, so that the halves need only change places.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -319,7 +333,7 @@ class Qwen3(nn.Module):
         frequencies, factor = rotary_frequencies(self.config)
         # Angles need more digits than bfloat16 has; only their cosines and sines are rounded.
         angles = batch.position_ids.to(_precise(x.dtype))[:, None, None] * frequencies.to(x.device)
-        cos, sin = ((f(angles) * factor).repeat(1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        cos, sin = ((f(torch.cat([-angles, angles], -1)) * factor).to(x.dtype) for f in (torch.cos, torch.sin))
         for layer in self.layers:
             context = (x, cos, sin, batch, self.backend)
             x = checkpoint(layer, *context, use_reentrant=False) if self.checkpointing else layer(*context)

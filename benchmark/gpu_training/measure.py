@@ -35,13 +35,12 @@ sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 
 from flops import flop_compression  # noqa: E402
 from gpu_forward.batches import SMOKE_VOCABULARY, VOCABULARY, Batch, small  # noqa: E402
-from gpu_forward.measure import DEVICE, allocated, medians, release, timed  # noqa: E402
+from gpu_forward.measure import allocated, medians, release, timed  # noqa: E402
 from gpu_forward.models import SHAPES  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
 from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpointing, steps, their_model  # noqa: E402
 from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
-from radix_torch_varlen import Batch as Folded  # noqa: E402
 from radix_torch_varlen import Qwen3  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_training.json"
@@ -158,16 +157,13 @@ def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
     Layers are checkpointed: at 4B the largest would not fit otherwise.
     """
     draw = random.Random(1)
-    own.backend, own.checkpointing = None, True
+    own.checkpointing = True
     milliseconds = []
     for seed in range(SMOKE_SHAPES if smoke else SHAPES_SEEN):
         prompt, completion = draw.randrange(512, 1536), draw.randrange(128, 640)
         groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed, smoke=smoke)
 
-        def loss(sequences: Batch = groups.sequences) -> Tensor:
-            return own.loss(Folded.from_sequences(sequences, "full", DEVICE))
-
-        milliseconds.append(timed_step(loss, own))
+        milliseconds.append(timed_step(partial(own_step, own, groups, "full", 0), own))
     own.zero_grad(set_to_none=True)
     first, later = milliseconds[0], milliseconds[1:]
     slowest, median = max(later), statistics.median(milliseconds)

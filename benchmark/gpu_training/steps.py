@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -29,6 +32,11 @@ class Groups:
     sequences: Batch
     prompt: int = 0
     size: int = 1
+
+    @cached_property
+    def arrays(self) -> list[NDArray[np.int64]]:
+        """The sequences as data loaders hold them."""
+        return [np.asarray(ids) for ids in self.sequences]
 
 
 def own_model(shape: str) -> Qwen3:
@@ -92,11 +100,11 @@ def own_step(own: Qwen3, groups: Groups, level: Level, skipped: int) -> Tensor:
 
 def folded(groups: Groups, level: Level, skipped: int) -> Folded:
     """The batch without the labels of its first `skipped` tokens."""
-    batch = Folded.from_sequences(groups.sequences, level, DEVICE)
+    batch = Folded.from_sequences(groups.arrays, level, DEVICE)
     if not skipped:
         return batch
-    prompts = torch.cat([torch.arange(len(ids)) < skipped - 1 for ids in groups.sequences])
-    return replace(batch, labels=batch.labels.masked_fill(prompts, IGNORED))
+    prompts = batch.fold.unfold(batch.fold.position_ids) < skipped - 1
+    return replace(batch, labels=batch.labels.masked_fill(torch.from_numpy(prompts), IGNORED))
 
 
 def folded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
@@ -158,7 +166,7 @@ def prefix_grouper_step(theirs: Any, groups: Groups) -> Step | None:
     masks = torch.ones_like(prompts), torch.ones_like(completions)
     own = torch.arange(groups.prompt, rows.shape[1], device=DEVICE).repeat(groups.size)
     positions = torch.cat([torch.arange(groups.prompt, device=DEVICE), own]).expand(len(prompts), -1)
-    unshared = Folded.from_sequences(completions.tolist(), "none").tokens
+    unshared = Folded.from_sequences(list(completions.cpu()), "none").tokens
     labels = completions.flatten().cpu()
 
     def step() -> Tensor:
