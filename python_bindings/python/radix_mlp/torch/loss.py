@@ -32,6 +32,8 @@ MAX_LOGITS = 1 << 28
 # And no more than a share of all, so that what a step takes follows its rows; but each chunk reads the head and its
 # gradient once, which takes longer than the products of fewer rows.
 MAX_SHARE, MIN_ROWS = 1 / 8, 512
+# A chunk that is as large as it may be has whole tiles of a matrix product.
+TILE = 256
 
 Reduction = Literal["mean", "sum"]
 
@@ -150,7 +152,8 @@ class _Pairs:
     def chunks(self, vocabulary: int) -> "Iterator[_Chunk]":
         """All rows, a chunk at a time."""
         share = max(MIN_ROWS, math.ceil(len(self.rows) * MAX_SHARE))
-        step = max(1, min(MAX_LOGITS // vocabulary, share))
+        most = max(1, MAX_LOGITS // vocabulary)
+        step = min(most - most % TILE or most, share)
         for start in range(0, len(self.rows), step):
             rows = self.rows[start : start + step]
             own = slice(*self.bounds[[start, start + len(rows)]].tolist())
