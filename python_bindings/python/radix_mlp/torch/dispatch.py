@@ -87,16 +87,15 @@ def pick_backend(
     """
     if q.device.type != "cuda":
         return "sequential"
-    tree = not _unsupported("tree", q, k, v, fold, softcap)
-    folded = not _unsupported("query_folded", q, k, v, fold, softcap)
-    if not tree or not folded:
-        return "tree" if tree else "query_folded" if folded else "sequential"
-    _, heads, head_dim = q.shape
+    (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    kv_heads = k.shape[1]
-    key = ("backend", heads, kv_heads, head_dim, window, training)
+    key = ("backend", q.device, q.dtype, heads, kv_heads, head_dim, v.shape[-1], softcap is None, window, training)
 
     def pick() -> Backend:
+        tree = not _unsupported("tree", q, k, v, fold, softcap)
+        folded = not _unsupported("query_folded", q, k, v, fold, softcap)
+        if not tree or not folded:
+            return "tree" if tree else "query_folded" if folded else "sequential"
         if training:
             from radix_mlp.torch.tree import compile_kernels
 
@@ -107,6 +106,7 @@ def pick_backend(
         flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window, training=training)
         return "tree" if tree_time <= flash_time else "query_folded"
 
+    # Every layer asks again.
     return fold.derived(key, pick)
 
 

@@ -1,7 +1,7 @@
 """One call's tokens, packed and folded, and the way of its results back to the shape that was asked for."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from radix_mlp._host import unsigned
 from radix_mlp.fold import Fold
-from radix_mlp.torch.fold import packed_size, sections
+from radix_mlp.torch.fold import to_device
 from radix_mlp.transformers.attention import Level
 
 Int32 = NDArray[np.int32]
@@ -37,22 +37,49 @@ class Packed:
 class Batch:
     """A folded call: `fold` is what is computed, at level "none" one that shares nothing.
 
-    `copies` is the batch with nothing shared, at level "mlp" only. `index` [sequences, length] on the host and
-    `places`, the same on the device, flat, are the compact row of each place, and the number of rows at padding.
-    `inputs` are `input_ids` and `position_ids` [1, rows], int64.
+    `copies` is the batch with nothing shared, at level "mlp" only. `inputs` are `input_ids` and `position_ids`
+    [1, rows], int64, on the model's device.
     """
 
     packed: Packed
     fold: Fold
     copies: Fold | None
-    index: Int32
-    places: Tensor
     inputs: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs["input_ids"].device
+
+    @cached_property
+    def host_places(self) -> Tensor:
+        """The compact row of each place of the input, flat, and the number of rows at padding; int32 on the host.
+
+        Made when it is first asked for: by then the device has work.
+        """
+        packed, (sequences, length) = self.packed, self.packed.shape
+        places = torch.empty(sequences * length, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        index: Int32 = places.numpy()
+        index.fill(self.fold.num_rows)
+        scatter, bounds = self.fold.scatter_indices, packed.offsets.tolist()
+        for start, begin, end in zip(packed.starts.tolist(), bounds, bounds[1:], strict=False):
+            index[start : start + end - begin] = scatter[begin:end]
+        return places
+
+    @property
+    def index(self) -> Int32:
+        """`host_places` as an array [sequences, length]."""
+        index: Int32 = self.host_places.numpy().reshape(self.packed.shape)
+        return index
+
+    @cached_property
+    def places(self) -> Tensor:
+        """`host_places` on the device."""
+        return self.host_places.to(self.device, non_blocking=True)
 
     def restore(self, compact: Tensor, dim: int = 1) -> Tensor:
         """Compact rows in dimension `dim` of a [1, ...] tensor as a padded batch, zeros at padding."""
-        padded = len(self.packed.input_ids) < self.index.size
-        return unfold_rows(compact, self.places, self.index.shape, dim, padded=padded)
+        padded = len(self.packed.input_ids) < len(self.host_places)
+        return unfold_rows(compact, self.places, self.packed.shape, dim, padded=padded)
 
 
 def unfold_rows(compact: Tensor, places: Tensor, shape: tuple[int, ...], dim: int, *, padded: bool) -> Tensor:
@@ -129,8 +156,11 @@ def _spans(mask: Tensor) -> Tensor:
     if mask.is_cuda:
         kept = mask.byte()
         return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), mask.sum(1)])
-    # NumPy stops at the first, and counts bits faster.
     bits = mask.numpy()
+    if bits.all():
+        length = torch.full((len(mask),), mask.shape[1])
+        return torch.stack([torch.zeros_like(length), length, length])
+    # NumPy stops at the first, and counts bits faster.
     spans = [bits.argmax(1), mask.shape[1] - bits[:, ::-1].argmax(1), np.count_nonzero(bits, axis=1)]
     return torch.from_numpy(np.stack(spans))
 
@@ -205,16 +235,6 @@ def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_o
     own = np.arange(len(packed.starts))
     fold = folded(pad_multiple_of=pad_multiple_of, salts=own if level == "none" else None)
     copies = folded(salts=own) if level == "mlp" else None
-    sequences, length = packed.shape
-    sizes = {"places": sequences * length, "input_ids": fold.num_rows, "position_ids": fold.num_rows}
-    host = torch.empty(packed_size(sizes.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
-    arrays: dict[str, Int32] = {name: part.numpy() for name, part in sections(host, sizes).items()}
-    arrays["input_ids"][:], arrays["position_ids"][:] = fold.input_ids, fold.position_ids
-    index = arrays["places"]
-    index.fill(fold.num_rows)
-    scatter, bounds = fold.scatter_indices, packed.offsets.tolist()
-    for start, begin, end in zip(packed.starts.tolist(), bounds, bounds[1:], strict=False):
-        index[start : start + end - begin] = scatter[begin:end]
-    tensors = sections(host.to(device, non_blocking=True), sizes)
-    inputs = {name: tensors[name].long().unsqueeze(0) for name in ("input_ids", "position_ids")}
-    return Batch(packed, fold, copies, index.reshape(packed.shape), tensors["places"], inputs)
+    arrays = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
+    inputs = {name: ids.long().unsqueeze(0) for name, ids in to_device(arrays, device).items()}
+    return Batch(packed, fold, copies, inputs)

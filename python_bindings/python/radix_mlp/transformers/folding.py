@@ -295,8 +295,8 @@ class Folding:
         kept = _kept(batch.index, keep)
         rows = np.unique(kept)
         present = rows[rows < batch.fold.num_rows]
-        places = torch.from_numpy(np.searchsorted(present, kept).reshape(-1)).to(batch.places.device)
-        call.arguments["logits_to_keep"] = torch.from_numpy(present.astype(np.int64)).to(batch.places.device)
+        places = torch.from_numpy(np.searchsorted(present, kept).reshape(-1)).to(batch.device)
+        call.arguments["logits_to_keep"] = torch.from_numpy(present.astype(np.int64)).to(batch.device)
         return partial(unfold_rows, places=places, shape=kept.shape, dim=1, padded=len(present) < len(rows))
 
     def _check_layers(self, attend: FoldedAttention) -> None:
