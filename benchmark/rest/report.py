@@ -28,11 +28,14 @@ def section(result: dict[str, Any]) -> str:
 
 
 def gpu_section(results: list[dict[str, Any]]) -> str:
-    """What the README says of servers on a GPU, with models of several sizes; the traffic is the same."""
+    """What the README says of servers on a GPU, with models of several sizes."""
     lines = [f"| Qwen3 | server, batch tokens | {COLUMNS}", f"|{'---|' * 9}"]
     lines += [f"| {result['model']['shape'].upper()} {line}" for result in results for line in table(result)]
-    where = f"On one {results[0]['gpu']}, in {results[0]['dtype']}. {told(results[0])}"
-    return "\n\n".join(["\n".join(lines), where, verdict(results)])
+    each = [f"{model(result)}{result['threads']} threads: {told(result)}" for result in results]
+    where = f"On one {results[0]['gpu']}, in {results[0]['dtype']}; {len(each)} runs:"
+    count, *missed = verdict(results).splitlines()
+    folded = "\n".join([f"<details>\n<summary>{count}</summary>\n", *missed, "\n</details>"])
+    return "\n\n".join(["\n".join(lines), where, "\n".join(f"- {line}" for line in each), folded])
 
 
 def told(result: dict[str, Any]) -> str:

@@ -30,7 +30,15 @@ BINARIES = [path for path in (BINARY, ROOT / "target" / "debug" / "radix-mlp") i
 
 def row(mean: float, ratio: float) -> dict[str, Any]:
     times = dict.fromkeys(("p50", "p90", "p99"), mean)
-    return {**times, "mean": mean, "tokens_per_second": 1000.0, "fold_ratio": ratio, "latencies": [mean, 2 * mean]}
+    rate = 16 / mean
+    return {
+        **times,
+        "mean": mean,
+        "requests_per_second": rate,
+        "tokens_per_second": 1000.0,
+        "fold_ratio": ratio,
+        "latencies": [mean, 2 * mean],
+    }
 
 
 @pytest.fixture
@@ -55,6 +63,15 @@ def test_targets(result: dict[str, Any]) -> None:
     ]
 
 
+def test_the_sweep_is_held_to_its_throughput_and_passages_to_their_latency(result: dict[str, Any]) -> None:
+    result["sharing"]["16 tokens"]["full, 16384"]["mean"] = 100.0
+    result["passages"]["full, 16384"]["requests_per_second"] = 0.1
+    assert targets(result) == result["targets"]
+    result["sharing"]["16 tokens"]["full, 16384"]["requests_per_second"] = 12.0
+    result["passages"]["full, 16384"]["mean"] = 1.0
+    assert [check["value"] for check in targets(result)] == [2.0, 0.99, 0.909, 1.0, 1.333]
+
+
 def test_the_table_compares_with_the_unfolded_server_of_the_same_batches(result: dict[str, Any]) -> None:
     lines = report.table(result)
     assert [line.split(" | ")[-1] for line in lines] == ["0.80 |", "1.00 |", "2.00 |", "1.00 |"]
@@ -66,9 +83,12 @@ def test_the_table_compares_with_the_unfolded_server_of_the_same_batches(result:
 
 
 def test_the_gpu_table_names_the_models(result: dict[str, Any]) -> None:
-    results = [result | {"model": {"shape": shape}, "gpu": "a GPU", "dtype": "bf16"} for shape in ("0.6b", "4b")]
+    results = [
+        result | {"model": {"shape": shape}, "gpu": "a GPU", "dtype": "bf16", "threads": 8} for shape in ("0.6b", "4b")
+    ]
     told = report.gpu_section(results)
     assert "| 0.6B | full, 16384 | 2.00 s | 2.00 s | 2.00 s | 2.00 s | 1,000 | 2.00 | 2.00 |" in told
+    assert "On one a GPU, in bf16; 2 runs:\n\n- 0.6B, 8 threads: 3 rounds of 2 requests" in told
     assert "Targets met: 6 of 10." in told
     assert "- missed: 4B, nothing: auto, 16384: speed-up ≥ 0.98, is 0.909" in told
 
