@@ -152,7 +152,15 @@ def test_a_branch_point_counts_each_label() -> None:
 
 
 @pytest.mark.parametrize("function", [cross_entropy, log_probs])
-@pytest.mark.parametrize("limits", [{"MAX_LOGITS": 2 * VOCABULARY}, {"MIN_ROWS": 1, "MAX_SHARE": 0.4}, {"MIN_ROWS": 2}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"MAX_LOGITS": 2 * VOCABULARY},
+        {"MAX_LOGITS": 3 * VOCABULARY, "TILE": 2},
+        {"MIN_ROWS": 1, "MAX_SHARE": 0.4},
+        {"MIN_ROWS": 2},
+    ],
+)
 def test_logits_exist_for_one_chunk_at_a_time(
     monkeypatch: pytest.MonkeyPatch, function: Any, limits: dict[str, float]
 ) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 
 from radix_mlp.transformers import UnsupportedModelError, fold, folded, unfold
 from radix_mlp.transformers import folding as folding_module
+from radix_mlp.transformers.batch import Batch
 from radix_mlp.transformers.folding import CACHE_NAMES
 
 # Of values around 1, in f32: sums over other numbers of rows run in another order.
@@ -82,6 +83,34 @@ def test_every_node_is_computed_once(model: Any, batch: dict[str, Tensor]) -> No
             model(**batch)
         assert rows == [expected, expected]
         rows.clear()
+
+
+@torch.no_grad()
+def test_the_way_back_is_made_behind_the_decoder(
+    model: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    make_places = Batch.__dict__["host_places"].func
+
+    def spy(own: Batch) -> Tensor:
+        events.append("places")
+        places: Tensor = make_places(own)
+        return places
+
+    monkeypatch.setattr(Batch, "host_places", property(spy))
+    model.model.norm.register_forward_hook(lambda *_: events.append("norm"))
+    fold(model).model(**batch)
+    assert events[0] == "norm"
+    assert "places" in events
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_is_no_mask(model: Any) -> None:
+    ids = torch.tensor([SEQUENCES[0], SEQUENCES[0][::-1]])
+    expected = model(input_ids=ids).logits
+    fold(model)
+    for mask in (torch.ones_like(ids), torch.ones_like(ids).bool(), None):
+        assert_close(model(input_ids=ids, attention_mask=mask).logits, expected)
 
 
 @torch.no_grad()
