@@ -56,6 +56,7 @@ bench: python
 	$(BIN)/python benchmark/scheduler/simulate.py
 	$(BIN)/python benchmark/rest/run.py
 	$(BIN)/python train/grpo.py
+	$(BIN)/python benchmark/summary.py
 
 # The same on a CUDA GPU, an H200 for the committed results.
 bench-gpu: python cuda-bundle
@@ -71,6 +72,7 @@ bench-gpu: python cuda-bundle
 	$(BIN)/python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_kernels/plot.py
 	$(BIN)/python benchmark/gpu_forward/report.py --write
+	$(BIN)/python benchmark/summary.py
 
 # Needs a nightly toolchain and `cargo install cargo-fuzz`.
 fuzz:

@@ -1,4 +1,4 @@
-"""README.md's text on the measured attention."""
+"""benchmark/README.md's text on the measured attention."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""What README.md says of the GPU, drawn from the JSON results between markers.
+"""What benchmark/README.md says of the GPU, drawn from the JSON results between markers.
 
 python benchmark/gpu_forward/report.py            # prints it
-python benchmark/gpu_forward/report.py --write    # rewrites README.md, and the targets in the results
+python benchmark/gpu_forward/report.py --write    # rewrites it, and the targets in the results
 """
 
 import argparse
@@ -22,9 +22,8 @@ import gpu_training.report  # noqa: E402
 import gpu_training.targets  # noqa: E402
 from gpu_forward.checks import missed  # noqa: E402
 from gpu_forward.targets import FOLDED, OTHER_SIZES, UNFOLDED, fastest, pooled  # noqa: E402
+from readme import REPORT, RESULTS, write_sections  # noqa: E402
 
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmark" / "results"
 # Speed-ups over `none`, by their column's title.
 COLUMNS = {"padded": "padded", "mlp": "`mlp`", "full": "`full`", "full graphs": "`full`, graphs"}
 ORDER = (
@@ -96,23 +95,16 @@ def measured() -> dict[str, Row]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def with_sections(readme: str) -> str:
-    """The text of README.md with what the results say between their markers: nothing where there is no result."""
-    results = measured()
-    for name, (section, _) in SECTIONS.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        before, rest = readme.split(start)
-        _, after = rest.split(end)
-        text = f"\n{section(results[name])}\n" if name in results else "\n"
-        readme = f"{before}{start}{text}{end}{after}"
-    return readme
+def sections() -> dict[str, str]:
+    """What is told of them."""
+    return {name: SECTIONS[name][0](result) for name, result in measured().items()}
 
 
 def write() -> None:
     for name, result in measured().items():
         result["targets"] = SECTIONS[name][1](result["rows"])
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    README.write_text(with_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
+    write_sections(REPORT, sections())
 
 
 def main() -> None:
@@ -121,8 +113,7 @@ def main() -> None:
     if parser.parse_args().write:
         write()
         return
-    for name, result in measured().items():
-        print(SECTIONS[name][0](result), end="\n\n")
+    print("\n\n".join(sections().values()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README.md's text on the CUDA kernels and the Rust model on them."""
+"""benchmark/README.md's text on the CUDA kernels and the Rust model on them."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def section(result: Row) -> str:
     parts = {part: [row for row in result["rows"] if row["part"] == part] for part in ("rows", "attention", "model")}
     texts = [
         f"The CUDA kernels and the Rust model, on one {result['hardware'].get('gpu', 'CPU')} "
-        "(`python benchmark/gpu_kernels/measure.py`, [result](benchmark/results/gpu_kernels.json), "
-        "[plot](benchmark/results/gpu_kernels.png)). The Qwen3 in bf16, random weights, last-token states, tokens to "
+        "(`python benchmark/gpu_kernels/measure.py`, [result](results/gpu_kernels.json), "
+        "[plot](results/gpu_kernels.png)). The Qwen3 in bf16, random weights, last-token states, tokens to "
         "result: speed-up over its own `none`, by how many times the fold lowers tokens and flops, and how fast `none` "
         "is over the same model in torch, compiled, with FlashAttention-2:",
         table(["batch", "Qwen3", "N/N'", "flops", "`mlp`", "`full`", "`full`, ms", "`none` over torch"], models(parts)),

@@ -1,4 +1,4 @@
-"""README.md's text on the measured training steps."""
+"""benchmark/README.md's text on the measured training steps."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def section(result: Row) -> str:
         f"A training step, forward, loss and backward, in bf16 on one {result['hardware'].get('gpu', 'CPU')}, speed-up "
         "over the unfolded step with FlashAttention (`none`), by how many times the fold lowers tokens and flops (less "
         "where sequences are prefixes of each other), and peak memory beside weights and gradients "
-        "(`python benchmark/gpu_training/measure.py`, [result](benchmark/results/gpu_training.json), "
-        "[plot](benchmark/results/gpu_training.png)). `none`, `mlp` and `full` are the model of `train/`, whose norms "
+        "(`python benchmark/gpu_training/measure.py`, [result](results/gpu_training.json), "
+        "[plot](results/gpu_training.png)). `none`, `mlp` and `full` are the model of `train/`, whose norms "
         "are one kernel each; transformers' are several, so that its columns are to be compared with each other:"
     )
     titles = ["batch", "loss on", "Qwen3", "N/N'", "flops", *COLUMNS.values(), "GiB, `none` → `full`"]

@@ -7,7 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+from readme import RESULTS
+
 # Of models on a GPU, smallest first.
 SHAPES = ("0.6b", "4b", "8b")
 COLUMNS = "p50 | p90 | p99 | mean | tokens/s | N/N' | mean, times `none` |"
@@ -84,18 +85,6 @@ def sections() -> dict[str, str]:
     if results := [json.loads(file.read_text()) for file in files if file.exists()]:
         found["rest_gpu"] = gpu_section(results)
     return found
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-
-
-def into_readme(readme: Path) -> None:
-    for name, text in sections().items():
-        start, end = markers(name)
-        before, _, rest = readme.read_text().partition(start)
-        _, _, after = rest.partition(end)
-        readme.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 def most_folded(runs: dict[str, Any]) -> float:

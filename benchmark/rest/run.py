@@ -37,11 +37,12 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from machine import cpu, output_of  # noqa: E402
+from readme import REPORT, RESULTS, write_sections  # noqa: E402
 from real_batches import DATA  # noqa: E402
 from rest import servers  # noqa: E402
 from rest.client import Run, Target, drive  # noqa: E402
 from rest.models import SHAPES, write_model  # noqa: E402
-from rest.report import RESULTS, into_readme, plot, section  # noqa: E402
+from rest.report import plot, section, sections  # noqa: E402
 from rest.servers import Machine, Server, cache_counters, serving, starting  # noqa: E402
 from rest.targets import targets  # noqa: E402
 from rest.traffic import TEMPLATES, Request, requests, shared_prefixes, strangers  # noqa: E402
@@ -273,7 +274,7 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, options.out.with_suffix(".png"))
     if options.out.resolve().parent == RESULTS:
-        into_readme(ROOT / "README.md")
+        write_sections(REPORT, sections())
 
 
 if __name__ == "__main__":

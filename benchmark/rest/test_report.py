@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from readme import REPORT, with_sections
 from real_batches import DATA
 from rest import report, run
 from rest.client import Run, Target, drive
@@ -93,22 +94,14 @@ def test_the_gpu_table_names_the_models(result: dict[str, Any]) -> None:
     assert "- missed: 4B, nothing: auto, 16384: speed-up ≥ 0.98, is 0.909" in told
 
 
-def test_plot_and_readme(result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
     report.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(report, "sections", lambda: {"rest": "new", "rest_gpu": "newer"})
-    (old, end), (older, last) = report.markers("rest"), report.markers("rest_gpu")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{old}\nold\n{end}\nbetween\n{older}\n{last}\nafter\n")
-    report.into_readme(readme)
-    assert readme.read_text() == f"before\n{old}\nnew\n{end}\nbetween\n{older}\nnewer\n{last}\nafter\n"
 
 
 def test_the_readme_tells_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for name, text in report.sections().items():
-        start, end = report.markers(name)
-        assert readme.partition(start)[2].partition(end)[0].strip() == text
+    text = REPORT.read_text(encoding="utf-8")
+    assert with_sections(text, report.sections()) == text
 
 
 def test_servers_on_a_gpu_are_started_once(monkeypatch: pytest.MonkeyPatch) -> None:

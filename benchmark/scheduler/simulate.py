@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 from machine import output_of  # noqa: E402
+from readme import REPORT, RESULTS, write_sections  # noqa: E402
 from real_batches import DATA, groups  # noqa: E402
 
-RESULT = ROOT / "benchmark" / "results" / "scheduler.json"
-COSTS = ROOT / "benchmark" / "results" / "gpu_forward.json"
-START, END = "<!-- scheduler:start -->", "<!-- scheduler:end -->"
+RESULT = RESULTS / "scheduler.json"
+COSTS = RESULTS / "gpu_forward.json"
 # The server's defaults, in tokens and seconds.
 BUDGET, WINDOW = 16_384, 0.002
 LOADS = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0]
@@ -165,12 +165,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"The scheduler's worst p99 is {worst[0]:+.0%}: {worst[1]}, load {worst[2]}."])
 
 
-def into_readme(result: dict[str, Any], readme: Path) -> None:
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{START}\n{table(result)}\n{END}{after}")
-
-
 def plot(result: dict[str, Any]) -> None:
     traces = result["traces"]
     figure, axes = plt.subplots(3, len(traces), figsize=(4.5 * len(traces), 10), sharex=True, layout="constrained")
@@ -204,7 +198,7 @@ def main() -> None:
         RESULT.write_text(json.dumps(measure(), indent=1) + "\n")
     result = json.loads(RESULT.read_text())
     plot(result)
-    into_readme(result, ROOT / "README.md")
+    write_sections(REPORT, {"scheduler": table(result)})
 
 
 if __name__ == "__main__":

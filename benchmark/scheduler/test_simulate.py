@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from readme import REPORT, with_sections
 from scheduler import simulate
 
 
@@ -28,6 +29,5 @@ def test_the_committed_result_has_the_cost_of_its_points() -> None:
 
 
 def test_the_readme_tells_the_committed_result() -> None:
-    readme = (simulate.ROOT / "README.md").read_text()
-    told = readme.partition(simulate.START)[2].partition(simulate.END)[0].strip()
-    assert told == simulate.table(json.loads(simulate.RESULT.read_text()))
+    text = REPORT.read_text(encoding="utf-8")
+    assert with_sections(text, {"scheduler": simulate.table(json.loads(simulate.RESULT.read_text()))}) == text
