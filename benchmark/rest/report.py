@@ -67,7 +67,8 @@ def reference(name: str) -> str:
 def verdict(results: list[dict[str, Any]]) -> str:
     checks = [(result, check) for result in results for check in result["targets"]]
     missed = [
-        f"- missed: {model(result) if len(results) > 1 else ''}{check['target']}, is {check['value']}"
+        f"- missed: {model(result) if len(results) > 1 else ''}{check['target']}, is {check['value']}, "
+        f"{check['by_rate']} by requests a second"
         for result, check in checks
         if not check["met"]
     ]

@@ -71,7 +71,15 @@ def configurations(options: argparse.Namespace) -> dict[str, Server]:
         for level in LEVELS:
             found[f"{level}, {tokens}"] = servers.radix_mlp(machine, level, tokens, options.binary)
     found["auto, 16384"] = servers.radix_mlp(machine, "auto", 16384, options.binary)
-    return {name: server for name, server in found.items() if name not in options.without}
+    return chosen(found, options.without)
+
+
+def chosen(found: dict[str, Server], without: list[str]) -> dict[str, Server]:
+    """The servers but those named. Exits where there is no such server, or it is what others are compared with."""
+    spare = found.keys() - {"none, 16384"}
+    if unknown := set(without) - spare:
+        sys.exit(f"--without {', '.join(sorted(unknown))}: there are {'; '.join(sorted(spare))} to leave out")
+    return {name: server for name, server in found.items() if name not in without}
 
 
 @contextmanager
@@ -248,6 +256,8 @@ def arguments() -> argparse.Namespace:
         options.sweep_requests, options.sweep_pairs = 2, 4
     if options.url and not any(pair.startswith("none=") for pair in options.url):
         sys.exit("--url none=…: there is no unfolded server to compare with")
+    if options.url and options.without:
+        sys.exit("--without: name only the servers that are to be measured with --url")
     committed = options.out.resolve() == RESULT and not options.smoke and not options.plot
     if committed and (options.url or options.binary or options.commit):
         sys.exit("the committed result is of what this tree builds: name another file with --out")

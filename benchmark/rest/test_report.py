@@ -64,13 +64,13 @@ def test_targets(result: dict[str, Any]) -> None:
     ]
 
 
-def test_the_sweep_is_held_to_its_throughput_and_passages_to_their_latency(result: dict[str, Any]) -> None:
-    result["sharing"]["16 tokens"]["full, 16384"]["mean"] = 100.0
-    result["passages"]["full, 16384"]["requests_per_second"] = 0.1
-    assert targets(result) == result["targets"]
-    result["sharing"]["16 tokens"]["full, 16384"]["requests_per_second"] = 12.0
-    result["passages"]["full, 16384"]["mean"] = 1.0
-    assert [check["value"] for check in targets(result)] == [2.0, 0.99, 0.909, 1.0, 1.333]
+def test_latency_binds_and_the_rate_is_told(result: dict[str, Any]) -> None:
+    run = result["sharing"]["16 tokens"]["full, 16384"]
+    run["requests_per_second"] = 12.0
+    changed = targets(result)[3]
+    assert (changed["value"], changed["by_rate"], changed["met"]) == (0.667, 1.0, False)
+    run["mean"] = 1.0
+    assert targets(result)[3] == changed | {"value": 1.333, "met": True}
 
 
 def test_the_table_compares_with_the_unfolded_server_of_the_same_batches(result: dict[str, Any]) -> None:
@@ -80,7 +80,9 @@ def test_the_table_compares_with_the_unfolded_server_of_the_same_batches(result:
     assert "\n3 rounds of 2 requests of 4 texts, template `plain`, 2 at a time; commit abc.\n" in report.section(result)
     assert "commit abc. Slow day.\n" in report.section(result | {"note": "Slow day."})
     assert "Targets met: 3 of 5." in report.section(result)
-    assert "- missed: nothing: auto, 16384: speed-up ≥ 0.98, is 0.909" in report.section(result)
+    assert "- missed: nothing: auto, 16384: speed-up ≥ 0.98, is 0.909, 0.909 by requests a second" in report.section(
+        result
+    )
 
 
 def test_the_gpu_table_names_the_models(result: dict[str, Any]) -> None:
@@ -91,7 +93,7 @@ def test_the_gpu_table_names_the_models(result: dict[str, Any]) -> None:
     assert "| 0.6B | full, 16384 | 2.00 s | 2.00 s | 2.00 s | 2.00 s | 1,000 | 2.00 | 2.00 |" in told
     assert "On one a GPU, in bf16; 2 runs:\n\n- 0.6B, 8 threads: 3 rounds of 2 requests" in told
     assert "Targets met: 6 of 10." in told
-    assert "- missed: 4B, nothing: auto, 16384: speed-up ≥ 0.98, is 0.909" in told
+    assert "- missed: 4B, nothing: auto, 16384: speed-up ≥ 0.98, is 0.909, 0.909 by requests a second" in told
 
 
 def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
@@ -102,6 +104,14 @@ def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
 def test_the_readme_tells_the_committed_results() -> None:
     text = REPORT.read_text(encoding="utf-8")
     assert with_sections(text, report.sections()) == text
+
+
+def test_servers_are_left_out_by_name() -> None:
+    found = {name: Server() for name in ("none, 16384", "full, 16384", "auto, 16384")}
+    assert list(run.chosen(found, ["full, 16384"])) == ["none, 16384", "auto, 16384"]
+    for wrong in ("ful", "none, 16384"):
+        with pytest.raises(SystemExit, match=f"--without {wrong}: there are auto, 16384; full, 16384 to leave out"):
+            run.chosen(found, [wrong])
 
 
 def test_servers_on_a_gpu_are_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +171,9 @@ def test_only_what_the_tree_builds_becomes_the_committed_result(monkeypatch: pyt
             run.arguments()
     monkeypatch.setattr(sys, "argv", ["run.py", "--url", "full=http://host", "--out", "other.json"])
     with pytest.raises(SystemExit, match="none="):
+        run.arguments()
+    monkeypatch.setattr(sys, "argv", ["run.py", "--url", "none=http://host", "--without", "x", "--out", "other.json"])
+    with pytest.raises(SystemExit, match="--without"):
         run.arguments()
     monkeypatch.setattr(run, "changes", lambda: " M package/src/fold.rs")
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", "other.json"])
