@@ -58,6 +58,10 @@ bench: python
 	$(BIN)/python train/grpo.py
 	$(BIN)/python benchmark/summary.py
 
+# Servers side by side on a GPU: of 8B, fewer fit.
+REST_GPU := $(BIN)/python benchmark/rest/run.py --binary target/cuda-bundle/radix-mlp --device cuda:0 --dtype bf16 \
+	--template reranker --words 0 --requests 48 --prefixes 64 256 1024 --own 64
+
 # The same on a CUDA GPU, an H200 for the committed results.
 bench-gpu: python cuda-bundle
 	$(BIN)/python benchmark/gpu_forward/batches.py
@@ -72,6 +76,10 @@ bench-gpu: python cuda-bundle
 	$(BIN)/python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_kernels/plot.py
 	$(BIN)/python benchmark/gpu_forward/report.py --write
+	$(REST_GPU) --shape 0.6b --out benchmark/results/rest_gpu_0.6b.json
+	$(REST_GPU) --shape 4b --out benchmark/results/rest_gpu_4b.json
+	$(REST_GPU) --shape 8b --out benchmark/results/rest_gpu_8b.json --without sentence-transformers \
+		--without "none, 65536" --without "mlp, 65536" --without "full, 65536"
 	$(BIN)/python benchmark/summary.py
 
 # Needs a nightly toolchain and `cargo install cargo-fuzz`.
