@@ -54,7 +54,7 @@ class Batch:
     def host_places(self) -> Tensor:
         """The compact row of each place of the input, flat, and the number of rows at padding; int32 on the host.
 
-        Made when it is first asked for: by then the device has work.
+        Made when it is first asked for: but for the choice of logits, that is when the device has work.
         """
         packed, (sequences, length) = self.packed, self.packed.shape
         places = torch.empty(sequences * length, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -158,6 +158,7 @@ def _spans(mask: Tensor) -> Tensor:
         return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), mask.sum(1)])
     bits = mask.numpy()
     if bits.all():
+        # Without padding there is nothing to look for.
         length = torch.full((len(mask),), mask.shape[1])
         return torch.stack([torch.zeros_like(length), length, length])
     # NumPy stops at the first, and counts bits faster.
