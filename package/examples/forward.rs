@@ -60,12 +60,11 @@ fn load(directory: &Path, dtype: DType, device: &Device) -> Result<Qwen3Model, M
 fn run(model: &Qwen3Model, batch: &Batch, level: FoldLevel) -> Result<String, Box<dyn Error>> {
     let start = Instant::now();
     let input_ids = batch.concat();
-    let position_ids: Vec<u32> = batch.iter().flat_map(|seq| 0..seq.len() as u32).collect();
     let mut cu_seq_lengths = vec![0];
     for sequence in batch {
         cu_seq_lengths.push(cu_seq_lengths[cu_seq_lengths.len() - 1] + sequence.len() as u32);
     }
-    let builder = Fold::builder(&input_ids, &position_ids, &cu_seq_lengths);
+    let builder = Fold::counted(&input_ids, &cu_seq_lengths);
     let fold = builder.layout(Layout::DepthFirst).build()?;
     let folded = start.elapsed().as_secs_f64();
     let states = model.forward(&fold, level)?;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::ops::Range;
 
 use crate::hash::MultiplyAddShift;
 
@@ -15,7 +16,8 @@ const WIDE: u32 = 8;
 #[derive(Clone, Copy)]
 pub(crate) struct Batch<'a> {
     pub(crate) input_ids: &'a [u32],
-    pub(crate) position_ids: &'a [u32],
+    /// Without them, tokens count from 0 in each sequence: on equal paths they are equal.
+    pub(crate) position_ids: Option<&'a [u32]>,
     pub(crate) cu_seq_lengths: &'a [u32],
     /// Sequences share only with sequences of the same salt.
     pub(crate) salts: Option<&'a [u64]>,
@@ -24,16 +26,29 @@ pub(crate) struct Batch<'a> {
 impl Batch<'_> {
     /// Token `index` as the one word in which siblings differ.
     fn key(&self, index: usize) -> u64 {
-        u64::from(self.input_ids[index]) << 32 | u64::from(self.position_ids[index])
+        let position = self.position_ids.map_or(0, |positions| positions[index]);
+        u64::from(self.input_ids[index]) << 32 | u64::from(position)
     }
 
     /// How many tokens from `a` on equal those from `b` on, at most `limit`.
     fn shared(&self, a: usize, b: usize, limit: usize) -> usize {
         let ids = common_prefix(&self.input_ids[a..a + limit], &self.input_ids[b..b + limit]);
-        common_prefix(
-            &self.position_ids[a..a + ids],
-            &self.position_ids[b..b + ids],
-        )
+        self.position_ids.map_or(ids, |positions| {
+            common_prefix(&positions[a..a + ids], &positions[b..b + ids])
+        })
+    }
+
+    /// Appends the positions of `tokens`, which are of one sequence, to `to`.
+    pub(crate) fn copy_positions(&self, tokens: Range<usize>, to: &mut Vec<u32>) {
+        match self.position_ids {
+            Some(positions) => to.extend_from_slice(&positions[tokens]),
+            None => {
+                let starts = self.cu_seq_lengths;
+                let next = starts.partition_point(|&start| start as usize <= tokens.start);
+                let first = starts[next - 1];
+                to.extend(tokens.start as u32 - first..tokens.end as u32 - first);
+            }
+        }
     }
 }
 

@@ -220,6 +220,21 @@ proptest! {
             batch.input_ids.is_empty());
     }
 
+    /// Positions that are not given are 0, 1, 2 and so on.
+    #[test]
+    fn counted_positions_are_those_of_their_sequences(batch in batches(), pad in 1..40usize) {
+        let mut batch = batch;
+        let lengths = batch.cu_seq_lengths.windows(2).map(|ends| ends[1] - ends[0]);
+        batch.position_ids = lengths.flat_map(|length| 0..length).collect();
+        for layout in [Layout::FirstOccurrence, Layout::DepthFirst] {
+            let builder = Fold::counted(&batch.input_ids, &batch.cu_seq_lengths)
+                .salts(&batch.salts)
+                .layout(layout)
+                .pad_multiple_of(pad);
+            prop_assert_eq!(builder.build().unwrap(), batch.fold(layout, pad));
+        }
+    }
+
     #[test]
     fn block_masks_match_all_pairs(
         batch in batches(), pad in 1..9usize, query_block in 1..20usize, key_block in 1..20usize,

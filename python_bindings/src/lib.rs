@@ -35,16 +35,18 @@ where
 
 fn build(
     py: Python<'_>,
-    [input_ids, position_ids, cu_seq_lengths]: [&PyReadonlyArray1<'_, u32>; 3],
+    input_ids: &PyReadonlyArray1<'_, u32>,
+    position_ids: Option<&PyReadonlyArray1<'_, u32>>,
+    cu_seq_lengths: &PyReadonlyArray1<'_, u32>,
     layout: Layout,
     pad_multiple_of: Option<i64>,
     salts: Option<&PyReadonlyArray1<'_, u64>>,
 ) -> PyResult<Fold> {
-    let mut builder = radix_mlp::Fold::builder(
-        input_ids.as_slice()?,
-        position_ids.as_slice()?,
-        cu_seq_lengths.as_slice()?,
-    )
+    let (ids, offsets) = (input_ids.as_slice()?, cu_seq_lengths.as_slice()?);
+    let mut builder = match position_ids {
+        Some(positions) => radix_mlp::Fold::builder(ids, positions.as_slice()?, offsets),
+        None => radix_mlp::Fold::counted(ids, offsets),
+    }
     .layout(layout);
     if let Some(multiple) = pad_multiple_of {
         builder = builder.pad_multiple_of(rows("pad_multiple_of", multiple)?);
@@ -64,8 +66,16 @@ fn compute_fold_and_scatter<'py>(
     cu_seq_lengths: PyReadonlyArray1<'py, u32>,
     pad_multiple_of: Option<i64>,
 ) -> PyResult<(Array<'py>, Array<'py>, Array<'py>, Array<'py>)> {
-    let batch = [&input_ids, &position_ids, &cu_seq_lengths];
-    let fold = build(py, batch, Layout::default(), pad_multiple_of, None)?;
+    let (positions, layout) = (Some(&position_ids), Layout::default());
+    let fold = build(
+        py,
+        &input_ids,
+        positions,
+        &cu_seq_lengths,
+        layout,
+        pad_multiple_of,
+        None,
+    )?;
     let (compact_input_ids, compact_position_ids, scatter_indices, fold_gather) =
         fold.0.into_arrays();
     Ok((
@@ -112,13 +122,12 @@ impl Fold {
     fn new(
         py: Python<'_>,
         input_ids: PyReadonlyArray1<'_, u32>,
-        position_ids: PyReadonlyArray1<'_, u32>,
+        position_ids: Option<PyReadonlyArray1<'_, u32>>,
         cu_seq_lengths: PyReadonlyArray1<'_, u32>,
         layout: &str,
         pad_multiple_of: Option<i64>,
         salts: Option<PyReadonlyArray1<'_, u64>>,
     ) -> PyResult<Self> {
-        let batch = [&input_ids, &position_ids, &cu_seq_lengths];
         let layout = match layout {
             "first_occurrence" => Layout::FirstOccurrence,
             "depth_first" => Layout::DepthFirst,
@@ -128,7 +137,16 @@ impl Fold {
                 )));
             }
         };
-        build(py, batch, layout, pad_multiple_of, salts.as_ref())
+        let (positions, salts) = (position_ids.as_ref(), salts.as_ref());
+        build(
+            py,
+            &input_ids,
+            positions,
+            &cu_seq_lengths,
+            layout,
+            pad_multiple_of,
+            salts,
+        )
     }
     #[getter]
     fn layout(&self) -> &'static str {

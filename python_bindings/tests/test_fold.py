@@ -114,6 +114,13 @@ def test_takes_any_integers(dtype: str, arrange: Any) -> None:
     assert Fold(ids, positions, offsets).scatter_indices.tolist() == FOLDED[2]
 
 
+@pytest.mark.parametrize("arrange", [np.asarray, lambda array: array.tolist()])
+def test_counts_positions_that_are_not_given(arrange: Any) -> None:
+    ids, _, offsets = map(arrange, BATCH.arrays())
+    fold = Fold(ids, None, offsets)
+    assert lists((fold.input_ids, fold.position_ids, fold.scatter_indices, fold.fold_gather)) == FOLDED
+
+
 def test_takes_read_only_arrays() -> None:
     arrays = BATCH.arrays()
     for array in arrays:

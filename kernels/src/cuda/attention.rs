@@ -228,9 +228,8 @@ mod tests {
     fn fold() -> Fold {
         let sequences = (0..40_u32).map(|own| (0..300).map(move |at| at + own * (at / 200)));
         let ids: Vec<u32> = sequences.flatten().collect();
-        let positions: Vec<u32> = (0..40).flat_map(|_| 0..300).collect();
         let offsets: Vec<u32> = (0..=40).map(|sequence| 300 * sequence).collect();
-        let builder = Fold::builder(&ids, &positions, &offsets).layout(Layout::DepthFirst);
+        let builder = Fold::counted(&ids, &offsets).layout(Layout::DepthFirst);
         builder.build().unwrap()
     }
 

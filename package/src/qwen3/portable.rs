@@ -147,8 +147,7 @@ fn depth_first(fold: &Fold, level: FoldLevel) -> std::result::Result<Tree<'_>, F
         });
     }
     // A row stands for the whole path to it: rows in place of tokens give the same trie, without positions and salts.
-    let positions = vec![0; fold.num_tokens()];
-    let ordered = Fold::builder(fold.scatter_indices(), &positions, fold.cu_seq_lengths())
+    let ordered = Fold::counted(fold.scatter_indices(), fold.cu_seq_lengths())
         .layout(Layout::DepthFirst)
         .build()?;
     Ok(Tree {

@@ -21,7 +21,7 @@ class Fold:
     def __new__(
         cls,
         input_ids: NDArray[np.uint32],
-        position_ids: NDArray[np.uint32],
+        position_ids: NDArray[np.uint32] | None,
         cu_seq_lengths: NDArray[np.uint32],
         layout: Layout,
         pad_multiple_of: int | None,

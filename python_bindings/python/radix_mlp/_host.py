@@ -30,7 +30,7 @@ def to_host(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsigned(name: str, values: Any, dtype: Any = np.uint32) -> NDArray[Any]:
-    """One-dimensional integers as contiguous `dtype`, the same array where it is that already.
+    """One-dimensional integers as contiguous `dtype`, the same memory where its bytes are that already.
 
     Raises ValueError for another number of dimensions and for a value that `dtype` cannot hold,
     TypeError for what are not integers.
@@ -55,4 +55,6 @@ def unsigned(name: str, values: Any, dtype: Any = np.uint32) -> NDArray[Any]:
     if not 0 <= np.bitwise_or.reduce(array) <= limit:
         index = int(np.argmax((array < 0) | (array > limit)))
         raise ValueError(f"{name}[{index}] is {array[index]}, which is not in 0..={limit}")
+    if array.dtype.isnative and array.dtype.itemsize == np.dtype(dtype).itemsize:
+        return unsigned(name, array.view(dtype), dtype)
     return array.astype(dtype)

@@ -69,7 +69,7 @@ class Fold(_core.Fold):
     def __new__(
         cls,
         input_ids: Ids,
-        position_ids: Ids,
+        position_ids: Ids | None,
         cu_seq_lengths: Ids,
         *,
         layout: _core.Layout = "first_occurrence",
@@ -78,11 +78,11 @@ class Fold(_core.Fold):
     ) -> Self:
         """Fold the packed batch of `input_ids` and `position_ids` [N].
 
-        Sequence s is the tokens `cu_seq_lengths[s]:cu_seq_lengths[s + 1]`. `layout` orders the rows:
-        "first_occurrence" for query-folded attention, "depth_first" for tree attention.
-        `pad_multiple_of` rounds the number of rows up; padding rows are token 0 at position 0.
-        Sequences of different `salts` [sequences] share nothing, as with another adapter or another
-        image behind the same tokens.
+        Without `position_ids`, each sequence's tokens are at positions 0, 1, 2 and so on. Sequence s is the tokens
+        `cu_seq_lengths[s]:cu_seq_lengths[s + 1]`. `layout` orders the rows: "first_occurrence" for query-folded
+        attention, "depth_first" for tree attention. `pad_multiple_of` rounds the number of rows up; padding rows are
+        token 0 at position 0. Sequences of different `salts` [sequences] share nothing, as with another adapter or
+        another image behind the same tokens.
 
         Raises ValueError for input that is not a batch, TypeError for what are not integers. Other
         threads run meanwhile; they must not write to the arrays.
@@ -106,7 +106,7 @@ class Fold(_core.Fold):
         input_ids, offsets = packed(sequences)
         return cls(
             input_ids,
-            _counted(offsets),
+            None,
             offsets,
             layout=layout,
             pad_multiple_of=pad_multiple_of,
@@ -151,9 +151,8 @@ class Fold(_core.Fold):
         if mask.dtype != bool and (stray := mask[mask != kept]).size:
             raise ValueError(f"attention_mask must hold 0 and 1, got {stray[0]}")
         offsets = _offsets(np.count_nonzero(kept, axis=1))
-        if position_ids is None:
-            positions = _counted(offsets)
-        else:
+        positions = None
+        if position_ids is not None:
             positions = _broadcast("position_ids", host["position_ids"], ids.shape)[kept]
         return cls(
             ids.ravel() if kept.all() else ids[kept],
@@ -233,28 +232,23 @@ def packed(sequences: Sequence[Ids]) -> tuple[UInt32, NDArray[np.int64]]:
     return np.concatenate(rows) if rows else np.empty(0, np.uint32), _offsets([len(row) for row in rows])
 
 
-def _call(core: Callable[..., T], batch: tuple[Ids, Ids, Ids], *options: Any) -> T:
+def _call(core: Callable[..., T], batch: tuple[Ids, Ids | None, Ids], *options: Any) -> T:
     """`core` on `batch`, once its ids, positions and offsets are the contiguous uint32 it reads."""
     if getattr(batch[0], "dtype", None) == np.uint32:
         try:
             return core(*batch, *options)
         except TypeError:
             pass
-    host = to_host(dict(zip(("input_ids", "position_ids", "cu_seq_lengths"), batch, strict=True)))
-    return core(*(unsigned(name, values) for name, values in host.items()), *options)
+    names = ("input_ids", "position_ids", "cu_seq_lengths")
+    host = to_host({name: values for name, values in zip(names, batch, strict=True) if values is not None})
+    arrays = {name: unsigned(name, values) for name, values in host.items()}
+    return core(*(arrays.get(name) for name in names), *options)
 
 
 def _offsets(lengths: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
-
-
-def _counted(offsets: NDArray[np.int64]) -> UInt32:
-    """0, 1, 2 and so on in each of the sequences that lie between `offsets`."""
-    counted = np.arange(offsets[-1], dtype=np.uint32)
-    counted -= np.repeat(offsets[:-1].astype(np.uint32), np.diff(offsets))
-    return counted
 
 
 def _broadcast(name: str, values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -232,13 +232,12 @@ impl Engine {
 
 /// Folds sequences whose positions count from 0, in the order that attention on a GPU needs.
 pub fn fold<'a>(sequences: impl Iterator<Item = &'a [u32]>) -> anyhow::Result<Fold> {
-    let (mut input_ids, mut position_ids, mut cu_seq_lengths) = (Vec::new(), Vec::new(), vec![0]);
+    let (mut input_ids, mut cu_seq_lengths) = (Vec::new(), vec![0]);
     for sequence in sequences {
         input_ids.extend_from_slice(sequence);
-        position_ids.extend(0..sequence.len() as u32);
         let end = u32::try_from(input_ids.len()).context("a batch holds less than 2^32 tokens")?;
         cu_seq_lengths.push(end);
     }
-    let builder = Fold::builder(&input_ids, &position_ids, &cu_seq_lengths);
+    let builder = Fold::counted(&input_ids, &cu_seq_lengths);
     Ok(builder.layout(Layout::DepthFirst).build()?)
 }

@@ -121,13 +121,12 @@ fn batches() -> impl Strategy<Value = Vec<Vec<u32>>> {
 }
 
 fn fold(batch: &[Vec<u32>], layout: Layout) -> Fold {
-    let positions: Vec<u32> = batch.iter().flat_map(|seq| 0..seq.len() as u32).collect();
     let mut offsets = vec![0];
     offsets.extend(batch.iter().scan(0, |end, seq| {
         *end += seq.len() as u32;
         Some(*end)
     }));
-    let builder = Fold::builder(&batch.concat(), &positions, &offsets)
+    let builder = Fold::counted(&batch.concat(), &offsets)
         .layout(layout)
         .build();
     builder.unwrap()

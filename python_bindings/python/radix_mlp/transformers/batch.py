@@ -22,12 +22,13 @@ Int64 = NDArray[np.int64]
 class Packed:
     """A call's sequences, one after another, and where their tokens stand in what was passed in.
 
-    `input_ids` and `position_ids` are [N], `offsets` [sequences + 1]. Sequence s came from the flattened
-    places `starts[s]:starts[s] + length` of `shape`, all others are padding.
+    `input_ids` and `position_ids` are [N], `offsets` [sequences + 1]. Without `position_ids` each sequence's tokens
+    count from 0. Sequence s came from the flattened places `starts[s]:starts[s] + length` of `shape`, all others are
+    padding.
     """
 
     input_ids: NDArray[np.uint32]
-    position_ids: NDArray[np.uint32]
+    position_ids: NDArray[np.uint32] | None
     offsets: Int64
     starts: Int64
     shape: tuple[int, int]
@@ -125,12 +126,11 @@ def pack_call(
     host = _to_host(parts)
     sequences, length = ids.shape
     starts, lengths = _sequences(host, sequences, length)
+    positions = None
     if position_ids is not None:
         positions = unsigned("position_ids", _join(host["position_ids"], starts, lengths))
-    else:
-        count = np.arange(length, dtype=np.uint32)
-        first = starts % max(length, 1) if count_padding and cu_seq_lengths is None else np.zeros_like(starts)
-        positions = _join(count, first, lengths)
+    elif count_padding and cu_seq_lengths is None:
+        positions = _join(np.arange(length, dtype=np.uint32), starts % max(length, 1), lengths)
     return Packed(
         unsigned("input_ids", _join(host["input_ids"], starts, lengths)),
         positions,
