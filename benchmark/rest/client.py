@@ -32,6 +32,8 @@ from rest.traffic import TEMPLATES, Request, requests
 # Of one request, with all that it waits for.
 TIMEOUT = aiohttp.ClientTimeout(total=3600)
 ROUTES = {"embed": "/embed", "rerank": "/rerank", "openai": "/v1/embeddings"}
+# What of its time to an answer text-embeddings-inference's headers tell, in milliseconds.
+STAGES = ("tokenization", "queue", "inference")
 FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError, TypeError, IndexError)
 
 
@@ -57,18 +59,20 @@ class Target:
 class Run:
     """What came of some requests: `latencies` [answered] in seconds, in the order of the requests, and their vectors.
 
-    `tokens` and `folded` are what the server's headers x-compute-tokens and x-folded-tokens add up to, 0 without them.
+    `tokens` and `folded` are what the server's headers x-compute-tokens and x-folded-tokens add up to, and `stages` the
+    seconds that it says each of STAGES took; all are 0 without headers.
     """
 
     latencies: list[float]
     seconds: float
     tokens: int
     folded: int
+    stages: dict[str, float]
     errors: list[str]
     vectors: list[Any]
 
     def summary(self, tokens: int | None = None) -> dict[str, float]:
-        """Percentiles in seconds, and rates; `tokens` for a server that does not count them."""
+        """Percentiles and stages of a request in seconds, and rates; `tokens` for a server that does not count them."""
         tokens = self.tokens or tokens or 0
         p50, p90, p99 = np.percentile(self.latencies, [50, 90, 99]).tolist() if self.latencies else [np.nan] * 3
         return {
@@ -76,6 +80,7 @@ class Run:
             "p90": p90,
             "p99": p99,
             "mean": float(np.mean(self.latencies)) if self.latencies else np.nan,
+            **{stage: seconds / max(1, len(self.latencies)) for stage, seconds in self.stages.items()},
             "requests_per_second": len(self.latencies) / self.seconds,
             "tokens_per_second": tokens / self.seconds,
             "fold_ratio": tokens / max(1, tokens - self.folded),
@@ -129,7 +134,7 @@ async def drive(target: Target, bodies: list[Request], *, concurrency: int = 16,
 
 
 def _run(answers: dict[int, Answer], bodies: list[Request], seconds: float, errors: list[str]) -> Run:
-    latencies, vectors, tokens, folded = [], [], 0, 0
+    latencies, vectors, tokens, folded, stages = [], [], 0, 0, dict.fromkeys(STAGES, 0.0)
     for index, answer in sorted(answers.items()):
         try:
             found = vectors_of(json.loads(answer.body))
@@ -143,7 +148,9 @@ def _run(answers: dict[int, Answer], bodies: list[Request], seconds: float, erro
         vectors.append(found)
         tokens += int(headers.get("x-compute-tokens", 0))
         folded += int(headers.get("x-folded-tokens", 0))
-    return Run(latencies, seconds, tokens, folded, errors, vectors)
+        for stage in STAGES:
+            stages[stage] += int(headers.get(f"x-{stage}-time", 0)) / 1e3
+    return Run(latencies, seconds, tokens, folded, stages, errors, vectors)
 
 
 def vectors_of(answer: Any) -> Any:

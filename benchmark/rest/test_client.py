@@ -37,7 +37,7 @@ def against(handler: Handler, bodies: list[Request], target: Target | None = Non
 async def lengths(request: web.Request) -> web.Response:
     """A vector of each text's length; the counts of a server that folds half of ten tokens."""
     body = await request.json()
-    headers = {"x-compute-tokens": "10", "x-folded-tokens": "5"}
+    headers = {"x-compute-tokens": "10", "x-folded-tokens": "5", "x-queue-time": "3"}
     if "input" in body:
         data = [{"embedding": [len(text)]} for text in body["input"]]
         return web.json_response({"data": data, "model": body["model"]})
@@ -54,6 +54,7 @@ def test_every_request_is_answered_and_counted(options: dict[str, Any]) -> None:
     assert (run.tokens, run.folded, run.errors) == (70, 35, [])
     summary = run.summary()
     assert summary["fold_ratio"] == 2
+    assert [summary["queue"], summary["inference"]] == pytest.approx([0.003, 0])
     assert summary["tokens_per_second"] == pytest.approx(70 / run.seconds)
     assert summary["requests_per_second"] == pytest.approx(7 / run.seconds)
     assert summary["p50"] == pytest.approx(np.median(run.latencies))

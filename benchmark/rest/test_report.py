@@ -141,7 +141,7 @@ def test_compare_takes_medians_of_alternating_rounds(monkeypatch: pytest.MonkeyP
     means = iter([3.0, 9.0, 1.0, 8.0, 2.0, 1.0])
 
     def measured(*_: Any) -> tuple[Run, dict[str, float]]:
-        return Run([next(means)], 1.0, 10, 5, [], vectors(0.5)), {}
+        return Run([next(means)], 1.0, 10, 5, {}, [], vectors(0.5)), {}
 
     monkeypatch.setattr(run, "measured", measured)
     found = run.compare([Request(["a"])], {"none, 1": Server(), "full, 1": Server()}, 3, 1e-4)
@@ -152,7 +152,7 @@ def test_compare_takes_medians_of_alternating_rounds(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("value", [0.6, float("nan")])
 def test_other_vectors_are_refused(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = iter([Run([1.0], 1.0, 1, 0, [], vectors(0.5)), Run([1.0], 1.0, 1, 0, [], vectors(value))])
+    runs = iter([Run([1.0], 1.0, 1, 0, {}, [], vectors(0.5)), Run([1.0], 1.0, 1, 0, {}, [], vectors(value))])
     monkeypatch.setattr(run, "measured", lambda *_: (next(runs), {}))
     with pytest.raises(RuntimeError, match="full gives other vectors"):
         run.compare([Request(["a"])], {"none": Server(), "full": Server()}, 1, 1e-4)

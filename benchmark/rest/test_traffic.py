@@ -51,7 +51,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_reranker_template_is_the_one_of_the_server() -> None:
-    source = (ROOT / "package" / "src" / "text.rs").read_text()
+    source = (ROOT / "package" / "src" / "text" / "mod.rs").read_text()
 
     def constant(name: str) -> str:
         found = re.search(rf'pub const {name}: &str =\s*"((?:[^"\\]|\\.)*)";', source, re.DOTALL)

@@ -160,6 +160,9 @@ fn alphabet() -> Vec<char> {
     alphabet
 }
 
+/// What Qwen's tokenizers split at: theirs alone tokenize once what texts share.
+const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// Bytes as tokens, then the end token, "yes" and "no". Returns the size of the vocabulary.
 fn write_tokenizer(model: &Path) -> usize {
     let symbols = alphabet().into_iter().map(String::from);
@@ -167,6 +170,7 @@ fn write_tokenizer(model: &Path) -> usize {
     let words = [end, "yes", "no"].map(str::to_owned);
     let vocabulary: HashMap<String, usize> = symbols.chain(words).zip(0..).collect();
     let (size, id) = (vocabulary.len(), vocabulary[end]);
+    let split = json!({"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": false});
     let byte_level = |kind: &str| json!({"type": kind, "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     let tokenizer = json!({
         "version": "1.0",
@@ -174,8 +178,8 @@ fn write_tokenizer(model: &Path) -> usize {
         "padding": null,
         "added_tokens": [{"id": id, "content": end, "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false, "special": true}],
-        "normalizer": null,
-        "pre_tokenizer": byte_level("ByteLevel"),
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level("ByteLevel")]},
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"Sequence": {"id": "A", "type_id": 0}},

@@ -1,11 +1,15 @@
 //! Text to tokens: a Hugging Face tokenizer, and the prompts that models are fed with.
 
+mod cut;
+mod template;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use rayon::prelude::*;
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
+
+pub use self::template::{Fields, Template};
 
 /// Why a text cannot become tokens. Each variant carries the offending values.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +88,8 @@ pub struct MaxLength {
 /// A tokenizer.
 pub struct TextEncoder {
     tokenizer: Tokenizer,
+    /// Whether texts may be cut where `cut` says.
+    cuts: bool,
 }
 
 impl TextEncoder {
@@ -101,11 +107,13 @@ impl TextEncoder {
         tokenizer.with_padding(None);
         let truncation = tokenizer.with_truncation(None).map(|_| ());
         truncation.map_err(|source| TextError::Encode { source })?;
-        Ok(Self { tokenizer })
+        let cuts = cut::is_exact(&tokenizer);
+        Ok(Self { tokenizer, cuts })
     }
 
-    /// The tokens of each text with the tokenizer's special ones around it, in parallel. One result
-    /// a text: those that fail do not hide those that don't.
+    /// The tokens of each text with the tokenizer's special ones around it, in parallel; what all
+    /// texts begin with is tokenized once, where the tokenizer is Qwen's. One result a text: those
+    /// that fail do not hide those that don't.
     pub fn encode(&self, texts: &[String], max: MaxLength) -> Vec<Result<Vec<u32>, TextError>> {
         self.encode_around(texts, &Prompt::default(), max, true)
     }
@@ -128,13 +136,30 @@ impl TextEncoder {
         max: MaxLength,
         special_tokens: bool,
     ) -> Vec<Result<Vec<u32>, TextError>> {
+        // A start that cannot be tokenized is left to each of its texts.
+        let start = texts.first().filter(|_| self.cuts).and_then(|text| {
+            let shared = cut::shared(texts);
+            Some((shared, self.ids(&text[..shared]).ok()?))
+        });
+        let (shared, start) = start.unwrap_or_default();
         let encode = |text: &String| {
-            let encoding = self.tokenizer.encode_fast(text.as_str(), special_tokens);
-            let encoding = encoding.map_err(|source| TextError::Encode { source })?;
-            let ends_special = encoding.get_special_tokens_mask().last() == Some(&1);
-            prompt.surround(encoding.get_ids(), max, ends_special)
+            let encoding = self.encoding(&text[shared..], special_tokens)?;
+            let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+            let before = special.iter().take_while(|&&special| special == 1).count();
+            let whole = [&ids[..before], &start, &ids[before..]].concat();
+            prompt.surround(&whole, max, special.last() == Some(&1))
         };
         texts.par_iter().map(encode).collect()
+    }
+
+    fn encoding(&self, text: &str, special_tokens: bool) -> Result<Encoding, TextError> {
+        let encoding = self.tokenizer.encode_fast(text, special_tokens);
+        encoding.map_err(|source| TextError::Encode { source })
+    }
+
+    /// The tokens of a text, without the tokenizer's special ones.
+    fn ids(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        Ok(self.encoding(text, false)?.get_ids().to_vec())
     }
 
     /// A prompt from the texts before and after what varies.
@@ -143,15 +168,8 @@ impl TextEncoder {
     ///
     /// [`TextError::Encode`].
     pub fn prompt(&self, before: &str, after: &str) -> Result<Prompt, TextError> {
-        let encode = |text: &str| {
-            let encoding = self.tokenizer.encode_fast(text, false);
-            let encoding = encoding.map_err(|source| TextError::Encode { source })?;
-            Ok::<_, TextError>(encoding.get_ids().to_vec())
-        };
-        Ok(Prompt {
-            before: encode(before)?,
-            after: encode(after)?,
-        })
+        let (before, after) = (self.ids(before)?, self.ids(after)?);
+        Ok(Prompt { before, after })
     }
 
     /// The tokens of a text and where they stand in it, the tokenizer's special ones with
@@ -258,167 +276,5 @@ pub mod reranker {
     /// The pair itself.
     pub fn pair(instruction: &str, query: &str, passage: &str) -> String {
         format!("<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {passage}")
-    }
-}
-
-/// A text with placeholders `{text}`, `{query}`, `{passage}` and `{instruction}`; `{{` and `}}` are
-/// plain braces.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Template {
-    pieces: Vec<Piece>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Piece {
-    Literal(String),
-    Text,
-    Query,
-    Passage,
-    Instruction,
-}
-
-/// What fills a template.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Fields<'a> {
-    /// A text on its own.
-    pub text: Option<&'a str>,
-    /// The query of a pair.
-    pub query: Option<&'a str>,
-    /// The passage of a pair.
-    pub passage: Option<&'a str>,
-    /// What the texts are embedded for.
-    pub instruction: Option<&'a str>,
-}
-
-impl Template {
-    /// Fills the placeholders.
-    ///
-    /// # Errors
-    ///
-    /// [`TextError::MissingField`].
-    pub fn render(&self, fields: Fields<'_>) -> Result<String, TextError> {
-        let mut text = String::new();
-        for piece in &self.pieces {
-            let (placeholder, field) = match piece {
-                Piece::Literal(literal) => {
-                    text.push_str(literal);
-                    continue;
-                }
-                Piece::Text => ("text", fields.text),
-                Piece::Query => ("query", fields.query),
-                Piece::Passage => ("passage", fields.passage),
-                Piece::Instruction => ("instruction", fields.instruction),
-            };
-            text.push_str(field.ok_or(TextError::MissingField { placeholder })?);
-        }
-        Ok(text)
-    }
-}
-
-impl FromStr for Template {
-    type Err = TextError;
-
-    fn from_str(template: &str) -> Result<Self, TextError> {
-        let unpaired = || TextError::UnpairedBrace {
-            template: template.to_owned(),
-        };
-        let mut pieces = Vec::new();
-        let mut literal = String::new();
-        let mut rest = template;
-        while let Some(brace) = rest.find(['{', '}']) {
-            literal.push_str(&rest[..brace]);
-            let (plain, after) = (&rest[brace..=brace], &rest[brace + 1..]);
-            if let Some(after) = after.strip_prefix(plain) {
-                literal.push_str(plain);
-                rest = after;
-                continue;
-            }
-            if plain == "}" {
-                return Err(unpaired());
-            }
-            let (name, after) = after.split_once('}').ok_or_else(unpaired)?;
-            pieces.push(Piece::Literal(std::mem::take(&mut literal)));
-            pieces.push(match name {
-                "text" => Piece::Text,
-                "query" => Piece::Query,
-                "passage" => Piece::Passage,
-                "instruction" => Piece::Instruction,
-                _ => {
-                    let name = name.to_owned();
-                    return Err(TextError::UnknownPlaceholder { name });
-                }
-            });
-            rest = after;
-        }
-        literal.push_str(rest);
-        pieces.push(Piece::Literal(literal));
-        Ok(Self { pieces })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PAIR: Fields<'_> = Fields {
-        text: None,
-        query: Some("q"),
-        passage: Some("p"),
-        instruction: None,
-    };
-
-    fn render(template: &str) -> Result<String, TextError> {
-        template.parse::<Template>()?.render(PAIR)
-    }
-
-    #[test]
-    fn templates_fill_their_placeholders() {
-        assert_eq!(render("{query}|{passage}!").unwrap(), "q|p!");
-        assert_eq!(render("{{query}} {query}").unwrap(), "{query} q");
-        assert_eq!(render("").unwrap(), "");
-    }
-
-    #[test]
-    fn templates_refuse_what_they_do_not_know() {
-        let message = |template: &str| render(template).unwrap_err().to_string();
-        assert!(message("{doc}").starts_with("unknown placeholder {doc}"));
-        assert!(message("{query").starts_with("unpaired brace"));
-        assert!(message("query}").starts_with("unpaired brace"));
-        assert!(message("{text}").contains("needs {text}"));
-    }
-
-    #[test]
-    fn truncation_keeps_the_prompt_and_a_final_special_token() {
-        let prompt = Prompt {
-            before: vec![1, 2],
-            after: vec![9],
-        };
-        let max = |tokens, truncate| MaxLength { tokens, truncate };
-        let text = [5, 6, 7, 8];
-        assert_eq!(
-            prompt.surround(&text, max(7, false), false).unwrap(),
-            [1, 2, 5, 6, 7, 8, 9]
-        );
-        assert_eq!(
-            prompt.surround(&text, max(5, true), false).unwrap(),
-            [1, 2, 5, 6, 9]
-        );
-        let alone = Prompt::default();
-        assert_eq!(
-            alone.surround(&text, max(3, true), true).unwrap(),
-            [5, 6, 8]
-        );
-        assert!(matches!(
-            prompt.surround(&text, max(6, false), false),
-            Err(TextError::TooLong { tokens: 7, max: 6 })
-        ));
-        assert!(matches!(
-            prompt.surround(&text, max(3, true), false),
-            Err(TextError::NoRoom { tokens: 3, max: 3 })
-        ));
-        assert!(matches!(
-            alone.surround(&[], max(3, true), true),
-            Err(TextError::Empty)
-        ));
     }
 }
