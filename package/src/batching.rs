@@ -1,5 +1,7 @@
 //! Puts sequences that share prefixes in the same batch.
 
+use crate::prefix::{common_prefix, lexicographic};
+
 /// What a batch may hold at most, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Budget {
@@ -54,7 +56,7 @@ pub struct PlannedBatch {
 pub fn plan_batches<S: AsRef<[u32]>>(sequences: &[S], budget: Budget) -> Vec<PlannedBatch> {
     let tokens = |index: usize| sequences[index].as_ref();
     let mut order: Vec<usize> = (0..sequences.len()).collect();
-    order.sort_by(|&a, &b| tokens(a).cmp(tokens(b)));
+    order.sort_by(|&a, &b| lexicographic(tokens(a), tokens(b)));
 
     let mut batches: Vec<PlannedBatch> = Vec::new();
     for index in order {
@@ -80,8 +82,4 @@ pub fn plan_batches<S: AsRef<[u32]>>(sequences: &[S], budget: Budget) -> Vec<Pla
         });
     }
     batches
-}
-
-pub(crate) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }

@@ -46,6 +46,7 @@ mod draw;
 mod error;
 mod fold;
 mod hash;
+mod prefix;
 #[cfg(feature = "candle")]
 pub mod qwen3;
 mod scheduler;

@@ -1,12 +1,14 @@
 //! A queue that fills batches by unique tokens, so that sequences that share prefixes meet.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::batching::{Budget, common_prefix};
+use crate::batching::Budget;
+use crate::prefix::{common_prefix, lexicographic};
 
 /// The tokens of a sequence, shared between the queue and whoever asked for it.
 pub type Tokens = Arc<[u32]>;
@@ -93,7 +95,7 @@ pub struct Scheduler {
     /// Most tokens in a batch, shared or not; at least the budget's limit.
     max_tokens: usize,
     /// The prefix index: neighbours share most.
-    by_tokens: BTreeMap<Tokens, Vec<Ticket>>,
+    by_tokens: BTreeMap<Key, Vec<Ticket>>,
     by_arrival: BTreeMap<Ticket, Arrival>,
     tickets: u64,
     /// What the waiting sequences would be as one batch.
@@ -111,8 +113,24 @@ struct Load {
 
 #[derive(Debug)]
 struct Arrival {
-    tokens: Tokens,
+    tokens: Key,
     at: Duration,
+}
+
+/// A sequence in its place among others. Those that share long prefixes are compared often.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Key(Tokens);
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> Ordering {
+        lexicographic(&self.0, &other.0)
+    }
+}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// One in so many of a sequence's tokens must be in a batch already for it to go ahead of older ones.
@@ -147,6 +165,7 @@ impl Scheduler {
     pub fn push(&mut self, tokens: Tokens, now: Duration) -> Ticket {
         let ticket = Ticket(self.tickets);
         self.tickets += 1;
+        let tokens = Key(tokens);
         let load = self.load(&tokens, &self.by_tokens);
         let arrival = Arrival {
             tokens: tokens.clone(),
@@ -217,10 +236,10 @@ impl Scheduler {
     }
 
     /// What a sequence adds to others.
-    fn load(&self, tokens: &Tokens, others: &BTreeMap<Tokens, Vec<Ticket>>) -> Load {
+    fn load(&self, tokens: &Key, others: &BTreeMap<Key, Vec<Ticket>>) -> Load {
         Load {
-            cost: self.budget.cost(tokens, shared(others, tokens)),
-            tokens: tokens.len(),
+            cost: self.budget.cost(&tokens.0, shared(others, tokens)),
+            tokens: tokens.0.len(),
         }
     }
 
@@ -231,16 +250,17 @@ impl Scheduler {
     }
 
     /// Takes the sequences that share most with `seed`, as far as they may go ahead of older ones.
-    fn take_alike(&mut self, seed: &Tokens, filling: &mut Filling) {
+    fn take_alike(&mut self, seed: &Key, filling: &mut Filling) {
         loop {
             let neighbours = neighbours(&self.by_tokens, seed).into_iter().flatten();
-            let Some(closest) = neighbours.max_by_key(|tokens| common_prefix(tokens, seed)) else {
+            let Some(closest) = neighbours.max_by_key(|tokens| common_prefix(&tokens.0, &seed.0))
+            else {
                 return;
             };
             let closest = closest.clone();
             let load = self.load(&closest, &filling.sequences);
             let shared = shared(&filling.sequences, &closest);
-            let worth_it = shared * SHARED_TO_GO_AHEAD >= closest.len();
+            let worth_it = shared * SHARED_TO_GO_AHEAD >= closest.0.len();
             let fits = self.holds(filling.load, load, 1) && self.holds(filling.ahead, load, AHEAD);
             if !worth_it || !fits {
                 return;
@@ -250,7 +270,7 @@ impl Scheduler {
         }
     }
 
-    fn take(&mut self, tokens: &Tokens, load: Load, filling: &mut Filling) {
+    fn take(&mut self, tokens: &Key, load: Load, filling: &mut Filling) {
         let Some(tickets) = self.by_tokens.remove(tokens) else {
             return;
         };
@@ -266,7 +286,7 @@ impl Scheduler {
 /// A batch that is being put together.
 #[derive(Default)]
 struct Filling {
-    sequences: BTreeMap<Tokens, Vec<Ticket>>,
+    sequences: BTreeMap<Key, Vec<Ticket>>,
     load: Load,
     /// What of it was spent on sequences that went ahead of older ones.
     ahead: Load,
@@ -287,7 +307,7 @@ impl Load {
 impl Filling {
     fn into_batch(self) -> Batch {
         let mut batch = Batch::default();
-        for (tokens, tickets) in self.sequences {
+        for (Key(tokens), tickets) in self.sequences {
             let before = batch.sequences.last().map_or(&[][..], |last| &last.tokens);
             let shared = common_prefix(before, &tokens);
             batch.tokens += tokens.len() * tickets.len();
@@ -303,18 +323,15 @@ impl Filling {
 }
 
 /// The sequences before and after `tokens` in lexicographic order, which share most with it.
-fn neighbours<'a>(
-    sequences: &'a BTreeMap<Tokens, Vec<Ticket>>,
-    tokens: &Tokens,
-) -> [Option<&'a Tokens>; 2] {
+fn neighbours<'a>(sequences: &'a BTreeMap<Key, Vec<Ticket>>, tokens: &Key) -> [Option<&'a Key>; 2] {
     let before = sequences.range(..tokens.clone()).next_back();
     let after = sequences.range((Bound::Excluded(tokens.clone()), Bound::Unbounded));
     [before, after.into_iter().next()].map(|found| found.map(|(tokens, _)| tokens))
 }
 
 /// How many of `tokens` one of the other `sequences` starts with too.
-fn shared(sequences: &BTreeMap<Tokens, Vec<Ticket>>, tokens: &Tokens) -> usize {
+fn shared(sequences: &BTreeMap<Key, Vec<Ticket>>, tokens: &Key) -> usize {
     let neighbours = neighbours(sequences, tokens).into_iter().flatten();
-    let shared = neighbours.map(|other| common_prefix(other, tokens));
+    let shared = neighbours.map(|other| common_prefix(&other.0, &tokens.0));
     shared.max().unwrap_or(0)
 }

@@ -5,6 +5,7 @@ use std::collections::hash_map::Entry;
 use std::ops::Range;
 
 use crate::hash::MultiplyAddShift;
+use crate::prefix::common_prefix;
 
 /// Marks the end of a sibling list.
 const NONE: u32 = u32::MAX;
@@ -50,21 +51,6 @@ impl Batch<'_> {
             }
         }
     }
-}
-
-/// Length of the longest common prefix of two slices of equal length.
-fn common_prefix(a: &[u32], b: &[u32]) -> usize {
-    /// Tokens compared without a branch: enough to fill vector registers.
-    const LANES: usize = 32;
-    let mut equal = 0;
-    for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
-        if a.iter().zip(b).fold(0, |diff, (a, b)| diff | (a ^ b)) != 0 {
-            break;
-        }
-        equal += LANES;
-    }
-    let rest = a[equal..].iter().zip(&b[equal..]);
-    equal + rest.take_while(|(a, b)| a == b).count()
 }
 
 /// A run of trie nodes without a branch: consecutive in the batch and in first-occurrence rows.
