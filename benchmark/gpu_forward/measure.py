@@ -7,7 +7,8 @@ Times in alternation, on the same weights and token ids, which start on the CPU 
 - none graphs, full graphs: the same as CUDA graphs, for batches of which they compute few enough rows, and all with
   the tree kernel, which on unshared sequences is the faster one too;
 - unshared: `none` on a batch of as many random tokens as the fold leaves, in sequences of similar lengths, where
-  these are fewer than SMALL.
+  these are fewer than SMALL. It alternates with the folded ways alone ("beside_unshared"): beside columns that take
+  a hundred times as long there would be two rounds, each on a GPU that those have heated.
 
 "device_ms" is the time between two CUDA events around the call, "wall_ms" that until the device is done; the fold on
 the host lies within both. "peak_gib" is what the first call allocates beside the weights, its output included.
@@ -39,7 +40,7 @@ from gpu_forward.batches import Batch, load, unshared  # noqa: E402
 from gpu_forward.flips import flips  # noqa: E402
 from gpu_forward.models import padded, random_model, twin  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
-from gpu_forward.targets import targets  # noqa: E402
+from gpu_forward.targets import FOLDED, UNSHARED, targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import pick_backend  # noqa: E402
 from radix_mlp.transformers import UnsupportedModelError, fold  # noqa: E402
@@ -153,30 +154,49 @@ def measure(model: PreTrainedModel, batch: Batch, rounds: int) -> dict[str, Any]
     folded = Fold.from_sequences(batch, layout="depth_first")
     calls = columns(model, batch, folded)
     peaks, skipped, states = warm_up(calls)
-    device: dict[str, list[float]] = {name: [] for name in calls}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.perf_counter()
-    done = 0
-    while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - began < MAX_SECONDS):
-        for name, call in calls.items():
-            on_device, until_done = timed(call)
-            device[name].append(on_device)
-            wall[name].append(until_done)
-        done += 1
-    return {
+    times = alternate({name: call for name, call in calls.items() if name not in UNSHARED}, rounds)
+    row = {
         "sequences": folded.num_sequences,
         "tokens": folded.num_tokens,
         "nodes": folded.num_nodes,
         "compression": round(folded.compression, 4),
         "backend": backend(model, folded),
-        "rounds": done,
         "fold_ms": round(fold_ms(batch), 4),
-        "device_ms": medians(device),
-        "wall_ms": medians(wall),
+        **told(times),
         "peak_gib": peaks,
         "skipped": skipped,
-        "speedup": {clock: speedups(times) for clock, times in (("device", device), ("wall", wall))},
         "difference": differences(states),
+    }
+    if calls.keys() & set(UNSHARED):
+        small = {name: calls[name] for name in (*FOLDED, *UNSHARED) if name in calls}
+        row["beside_unshared"] = told(alternate(small, rounds))
+    return row
+
+
+Times = dict[str, dict[str, list[float]]]
+
+
+def alternate(calls: dict[str, Call], rounds: int) -> Times:
+    """Milliseconds of each call in each round by "device" and by "wall" clock; every other round goes backwards."""
+    times: Times = {clock: {name: [] for name in calls} for clock in ("device", "wall")}
+    began = time.perf_counter()
+    order = list(calls)
+    for done in range(rounds):
+        if done >= MIN_ROUNDS and time.perf_counter() - began > MAX_SECONDS:
+            break
+        for name in order:
+            for clock, milliseconds in zip(times, timed(calls[name]), strict=True):
+                times[clock][name].append(milliseconds)
+        order.reverse()
+    return times
+
+
+def told(times: Times) -> dict[str, Any]:
+    """What a row tells of times."""
+    return {
+        "rounds": min(map(len, times["wall"].values()), default=0),
+        **{f"{clock}_ms": medians(times[clock]) for clock in times},
+        "speedup": {clock: speedups(times[clock]) for clock in times},
     }
 
 
@@ -240,6 +260,8 @@ def show(row: dict[str, Any]) -> None:
         speed = row["speedup"]["wall"].get(name)
         shown = f"{speed:8.2f} of {row['compression']:.2f}" if speed else ""
         print(f"  {name:16}{milliseconds:11.3f} ms{row['peak_gib'][name]:9.2f} GiB{shown}")
+    for name, milliseconds in row.get("beside_unshared", {"wall_ms": {}})["wall_ms"].items():
+        print(f"  {name:16}{milliseconds:11.3f} ms beside the unshared batch")
     for name, reason in row["skipped"].items():
         print(f"  {name:16} {reason}")
     print(f"  {json.dumps({key: row[key] for key in ('backend', 'fold_ms', 'difference', 'flips') if key in row})}")

@@ -49,6 +49,8 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         expected = {f"{way} from none" for way in (*ways, *OTHER_SIZES)}
         assert compared.keys() == expected | {f"{way} from float32" for way in (*ways, "none")}
         assert max(compared.values()) <= row["sequences"]
+    assert {"full", "unshared"} <= rows[0]["beside_unshared"]["wall_ms"].keys()
+    assert "unshared" not in rows[0]["wall_ms"]
     run(monkeypatch, "gpu_forward/plot.py", result)
     assert result.with_suffix(".png").stat().st_size > 0
 

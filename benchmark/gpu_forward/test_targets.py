@@ -49,6 +49,12 @@ def test_unshared_batch_of_as_many_tokens(graphs: float, met: bool) -> None:
     assert only([measured])["met"] is met
 
 
+def test_rounds_beside_the_unshared_batch_count() -> None:
+    measured = row(nodes=2000, none=100.0, full=30.0, unshared=25.0)
+    assert not only([measured])["met"]
+    assert only([measured | {"beside_unshared": {"wall_ms": {"full": 26.0, "unshared": 25.0}}}])["met"]
+
+
 @pytest.mark.parametrize(("full", "met"), [(101.0, True), (103.0, False)])
 def test_controls(full: float, met: bool) -> None:
     assert only([row("nothing shared", compression=1.0, none=100.0, full=full)])["met"] is met
