@@ -76,7 +76,8 @@ bench-gpu: python cuda-bundle
 	$(BIN)/python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_kernels/plot.py
 	$(BIN)/python benchmark/gpu_forward/report.py --write
-	$(REST_GPU) --shape 0.6b --out benchmark/results/rest_gpu_0.6b.json
+	$(REST_GPU) --shape 0.6b --concurrency 64 --requests 86 --sweep-requests 256 \
+		--out benchmark/results/rest_gpu_0.6b.json
 	$(REST_GPU) --shape 4b --out benchmark/results/rest_gpu_4b.json
 	$(REST_GPU) --shape 8b --out benchmark/results/rest_gpu_8b.json --without sentence-transformers \
 		--without "none, 65536" --without "mlp, 65536" --without "full, 65536"
