@@ -1,9 +1,10 @@
 """How long requests wait, and how much is computed, with the server's scheduler and with first-come batching.
 
-The texts are recorded ones (../shared/data); when they arrive is drawn at random, not recorded. Both policies meet them
-in simulated time, at several loads. What a batch takes is a line through the measured times of Qwen3-0.6B on an H200
-(results/gpu_forward.json, `full`). A load of 1 is as much as a server that folds nothing can compute. Same seed, same
-numbers: nothing is timed.
+The texts are recorded ones (../shared/data), and so are the moments at which requests arrive (arrivals.json), those of a
+code completion service. They are of different records, and which client's request comes next is drawn. All policies meet
+them in simulated time, at several loads. What a batch takes is a line through the measured times of Qwen3-0.6B on an
+H200 (results/gpu_forward.json, `full`). A load of 1 is as much as a server that folds nothing can compute. Same seed,
+same numbers: nothing is timed.
 
     python benchmark/scheduler/simulate.py          # a minute; rewrites results/scheduler.json, its plot, the README
     python benchmark/scheduler/simulate.py --plot   # draws the plot and the table from the JSON result
@@ -14,6 +15,8 @@ import json
 import random
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from readme import REPORT, RESULTS, write_sections  # noqa: E402
 from real_batches import DATA, groups  # noqa: E402
 
 RESULT = RESULTS / "scheduler.json"
+ARRIVALS = Path(__file__).with_name("arrivals.json")
 COSTS = RESULTS / "gpu_forward.json"
 # The server's defaults, in tokens and seconds.
 BUDGET, WINDOW = 16_384, 0.002
@@ -38,39 +42,45 @@ TOLD = [0.5, 1.0, 3.0]
 FIGURES = ["fold_ratio", "p50_ms", "p99_ms", "tokens_per_second"]
 POLICIES = ["first-come", "first-come, folded", "scheduler"]
 
+# Sequences that arrive together.
+Request = list[list[int]]
 # Sequences and when they arrive, in seconds, ascending.
 Trace = tuple[list[list[int]], np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def clients(file: str, most: int, together: float, seed: int) -> Trace:
-    """Each group of a file is a client, whose sequences arrive within about `together` seconds of its start, which is
-    anywhere in a second."""
-    draw = np.random.default_rng(seed)
-    arrivals: list[tuple[float, list[int]]] = []
-    for _, sequences in groups(DATA / file):
-        start = draw.uniform(0, 1)
-        gaps = draw.exponential(together / len(sequences), len(sequences))
-        arrivals += zip((start + np.cumsum(gaps)).tolist(), sequences, strict=True)
-        if len(arrivals) >= most:
-            break
-    arrivals.sort(key=lambda arrival: arrival[0])
-    return [ids for _, ids in arrivals], np.array([second for second, _ in arrivals])
+def interleaved(clients: list[list[Request]], at_once: int, seed: int) -> Iterator[Request]:
+    """Each client's requests in their order; of those that have some left, the first `at_once`, one is drawn."""
+    draw = random.Random(seed)
+    left = [deque(requests) for requests in clients]
+    while left:
+        client = draw.randrange(min(at_once, len(left)))
+        yield left[client].popleft()
+        if not left[client]:
+            del left[client]
 
 
-def strangers(files: list[str], most: int, seed: int) -> Trace:
-    """One sequence of each group: what is shared is a template at most."""
-    draw = np.random.default_rng(seed)
-    sequences = [group[0] for file in files for _, group in groups(DATA / file)][:most]
-    random.Random(seed).shuffle(sequences)
-    return sequences, np.cumsum(draw.exponential(1 / len(sequences), len(sequences)))
+def groups_of(*files: str) -> list[list[list[int]]]:
+    return [sequences for file in files for _, sequences in groups(DATA / file)]
 
 
 def traces() -> dict[str, Trace]:
-    return {
-        "rerank: 43 queries of 100 passages": clients("rerank_msmarco_dl19_bm25.dev.jsonl", 4300, 0.2, 0),
-        "agents: tau-bench turns": clients("tree_taubench_airline_gpt4o.dev.jsonl", 1500, 1.0, 1),
-        "nothing in common": strangers(["grpo_gsm8k_4models.dev.jsonl", "grpo_math_qwen_8samples.dev.jsonl"], 700, 2),
+    queries = groups_of("rerank_msmarco_dl19_bm25.dev.jsonl")
+    passages = [[own[start : start + 8] for start in range(0, len(own), 8)] for own in queries]
+    turns = [[[turn] for turn in own] for own in groups_of("tree_taubench_airline_gpt4o.dev.jsonl")]
+    alone = [[[own[0]]] for own in groups_of("grpo_gsm8k_4models.dev.jsonl", "grpo_math_qwen_8samples.dev.jsonl")]
+    ordered = {
+        "rerank: 8 passages a request, 8 queries at once": interleaved(passages, 8, 0),
+        "agents: 32 at once, a turn a request": interleaved(turns, 32, 1),
+        "nothing in common": interleaved(alone, len(alone), 2),
     }
+    return {name: at_recorded_times(requests) for name, requests in ordered.items()}
+
+
+def at_recorded_times(requests: Iterable[Request]) -> Trace:
+    """One request at each recorded moment, as long as there are both."""
+    seconds = np.array(json.loads(ARRIVALS.read_text())["milliseconds"]) / 1e3
+    pairs = [(second, sequence) for second, request in zip(seconds, requests, strict=False) for sequence in request]
+    return [sequence for _, sequence in pairs], np.array([second for second, _ in pairs])
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def measure() -> dict[str, Any]:
     return {
         "commit": output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
         "texts": "recorded",
-        "arrivals": "drawn at random with a fixed seed, and stretched to each load; no arrival trace was recorded",
+        "arrivals": json.loads(ARRIVALS.read_text())["source"] + "; stretched to each load",
         "budget_tokens": BUDGET,
         "window_seconds": WINDOW,
         **asdict(cost),
