@@ -1,10 +1,10 @@
 """How long requests wait, and how much is computed, with the server's scheduler and with first-come batching.
 
-The texts are recorded ones (../shared/data), and so are the moments at which requests arrive (arrivals.json), those of a
-code completion service. They are of different records, and which client's request comes next is drawn. All policies meet
-them in simulated time, at several loads. What a batch takes is a line through the measured times of Qwen3-0.6B on an
-H200 (results/gpu_forward.json, `full`). A load of 1 is as much as a server that folds nothing can compute. Same seed,
-same numbers: nothing is timed.
+The texts are recorded ones (../shared/data), and so are the moments at which requests arrive (arrivals.json), those of
+a code completion service. They are of different records, and which client's request comes next is drawn. All policies
+meet them in simulated time, at several loads. What a batch takes is a line through the measured times of Qwen3-0.6B on
+an H200 (results/gpu_forward.json, `full`). A load of 1 is as much as a server that folds nothing can compute. Same
+seed, same numbers: nothing is timed.
 
     python benchmark/scheduler/simulate.py          # a minute; rewrites results/scheduler.json, its plot, the README
     python benchmark/scheduler/simulate.py --plot   # draws the plot and the table from the JSON result
