@@ -2,6 +2,7 @@ use std::ops::Range;
 
 use crate::block_mask::BlockMask;
 use crate::error::FoldError;
+use crate::scatter::{Scatter, Span};
 use crate::trie::{Batch, Trie};
 
 /// In which order the rows of compact space stand.
@@ -39,7 +40,7 @@ pub struct Fold {
     cu_seq_lengths: Vec<u32>,
     input_ids: Vec<u32>,
     position_ids: Vec<u32>,
-    scatter_indices: Vec<u32>,
+    scatter: Scatter,
     fold_gather: Vec<u32>,
 }
 
@@ -100,7 +101,7 @@ impl<'a> FoldBuilder<'a> {
         let num_rows = padded(trie.num_nodes as usize, self.pad_multiple_of)?;
         Ok(match self.layout {
             Layout::FirstOccurrence => first_occurrence(batch, trie, num_rows),
-            Layout::DepthFirst => depth_first(batch, trie, num_rows),
+            Layout::DepthFirst => depth_first(batch, &trie, num_rows),
         })
     }
 
@@ -171,40 +172,53 @@ fn first_occurrence(batch: Batch<'_>, trie: Trie, num_rows: usize) -> Fold {
     let ends = batch.cu_seq_lengths[1..].iter();
     let new_runs = ends.zip(&trie.query_lengths);
     let rows = Rows::gather(batch, new_runs.map(|(&end, &len)| end - len..end), num_rows);
+    let scatter = scatter(&trie, |run| trie.runs[run].row);
     let layout = LayoutData::FirstOccurrence {
         query_lengths: trie.query_lengths,
     };
-    rows.into_fold(batch, trie.num_nodes, trie.scatter_indices, layout)
+    rows.into_fold(batch, trie.num_nodes, scatter, layout)
 }
 
-fn depth_first(batch: Batch<'_>, trie: Trie, num_rows: usize) -> Fold {
+fn depth_first(batch: Batch<'_>, trie: &Trie, num_rows: usize) -> Fold {
     let order = trie.depth_first();
-    let runs = order.iter().map(|(run, ..)| run.start..run.start + run.len);
-    let rows = Rows::gather(batch, runs, num_rows);
+    let runs = order.iter().map(|&(index, ..)| &trie.runs[index as usize]);
+    let tokens = runs.map(|run| run.start..run.start + run.len);
+    let rows = Rows::gather(batch, tokens, num_rows);
 
     let mut subtree_end = Vec::with_capacity(num_rows);
     let mut row_order = Vec::with_capacity(num_rows);
-    let mut row_of_node = vec![0; trie.num_nodes as usize];
-    for (run, row, end) in order {
-        let nodes = run.row..run.row + run.len;
+    let mut row_of_run = vec![0; trie.runs.len()];
+    for (index, row, end) in order {
+        let run = &trie.runs[index as usize];
         subtree_end.resize((row + run.len) as usize, end);
-        row_order.extend(nodes.clone());
-        let moved = &mut row_of_node[nodes.start as usize..nodes.end as usize];
-        moved.iter_mut().zip(row..).for_each(|(to, row)| *to = row);
+        row_order.extend(run.row..run.row + run.len);
+        row_of_run[index as usize] = row;
     }
     // Each padding row is a subtree of its own. `padded` checked that `num_rows` fits in a u32.
     subtree_end.extend(trie.num_nodes + 1..=num_rows as u32);
     row_order.extend(trie.num_nodes..num_rows as u32);
 
-    let mut scatter_indices = trie.scatter_indices;
-    for row in &mut scatter_indices {
-        *row = row_of_node[*row as usize];
-    }
     let layout = LayoutData::DepthFirst {
         subtree_end,
         row_order,
     };
-    rows.into_fold(batch, trie.num_nodes, scatter_indices, layout)
+    rows.into_fold(
+        batch,
+        trie.num_nodes,
+        scatter(trie, |run| row_of_run[run]),
+        layout,
+    )
+}
+
+/// The row of every token, from that of the first token of each run. In both layouts a stretch of
+/// tokens keeps together, however its run was split since: what comes first behind a head is its
+/// tail, the oldest child.
+fn scatter(trie: &Trie, row_of_run: impl Fn(usize) -> u32) -> Scatter {
+    let span = |&(run, len): &(u32, u32)| Span {
+        row: row_of_run(run as usize),
+        len,
+    };
+    Scatter::new(trie.spans.iter().map(span).collect())
 }
 
 /// The three arrays with one entry a row, padding included.
@@ -239,7 +253,7 @@ impl Rows {
         self,
         batch: Batch<'_>,
         num_nodes: u32,
-        scatter_indices: Vec<u32>,
+        scatter: Scatter,
         layout: LayoutData,
     ) -> Fold {
         Fold {
@@ -248,7 +262,7 @@ impl Rows {
             cu_seq_lengths: batch.cu_seq_lengths.to_vec(),
             input_ids: self.input_ids,
             position_ids: self.position_ids,
-            scatter_indices,
+            scatter,
             fold_gather: self.fold_gather,
         }
     }
@@ -300,7 +314,7 @@ impl Fold {
 
     /// Number of tokens in the batch, N.
     pub fn num_tokens(&self) -> usize {
-        self.scatter_indices.len()
+        self.cu_seq_lengths.last().map_or(0, |&end| end as usize)
     }
 
     /// Number of sequences in the batch.
@@ -333,9 +347,10 @@ impl Fold {
         &self.position_ids
     }
 
-    /// Row of each token, \[N\]: `original[i] = compact[scatter_indices[i]]`.
+    /// Row of each token, \[N\]: `original[i] = compact[scatter_indices[i]]`. Written out at the
+    /// first call.
     pub fn scatter_indices(&self) -> &[u32] {
-        &self.scatter_indices
+        self.scatter.rows()
     }
 
     /// First occurrence of each row's token, \[rows\]: `compact[j] = original[fold_gather[j]]`.
@@ -409,7 +424,7 @@ impl Fold {
     ///
     /// [`FoldError::RowsMismatch`] where `compact` does not hold rows × `width` elements.
     pub fn unfold<T: Copy>(&self, compact: &[T], width: usize) -> Result<Vec<T>, FoldError> {
-        gather(compact, self.num_rows(), width, &self.scatter_indices)
+        gather(compact, self.num_rows(), width, self.scatter_indices())
     }
 
     /// The arrays themselves, in the order of [`compute_fold_and_scatter`]: `(input_ids,
@@ -418,7 +433,7 @@ impl Fold {
         (
             self.input_ids,
             self.position_ids,
-            self.scatter_indices,
+            self.scatter.into_rows(),
             self.fold_gather,
         )
     }

@@ -49,6 +49,7 @@ mod hash;
 mod prefix;
 #[cfg(feature = "candle")]
 pub mod qwen3;
+mod scatter;
 mod scheduler;
 #[cfg(feature = "candle")]
 pub mod text;

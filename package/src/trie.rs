@@ -97,8 +97,8 @@ pub(crate) struct Trie {
     num_wide: u32,
     /// Number of unique tokens, N'.
     pub(crate) num_nodes: u32,
-    /// First-occurrence row of every token, [N].
-    pub(crate) scatter_indices: Vec<u32>,
+    /// All tokens in stretches: the run whose first row is the first token's, and how many.
+    pub(crate) spans: Vec<(u32, u32)>,
     /// How many tokens each sequence brought first, all at its end, [sequences].
     pub(crate) query_lengths: Vec<u32>,
 }
@@ -113,7 +113,7 @@ impl Trie {
             wide: HashMap::with_hasher(MultiplyAddShift::new()),
             num_wide: 0,
             num_nodes: 0,
-            scatter_indices: Vec::with_capacity(batch.input_ids.len()),
+            spans: Vec::with_capacity(2 * sequences),
             query_lengths: Vec::with_capacity(sequences),
         };
         let mut root_of_salt = HashMap::new();
@@ -143,11 +143,11 @@ impl Trie {
                 return new;
             };
             let run = &self.runs[child as usize];
-            let (len, row) = (run.len, run.row);
+            let len = run.len;
             let limit = (end - at).min(len as usize);
             // At most `len`, so the cast is exact.
             let shared = batch.shared(run.start as usize, at, limit) as u32;
-            self.scatter_indices.extend(row..row + shared);
+            self.spans.push((child, shared));
             at += shared as usize;
             if at < end && shared < len {
                 self.split(batch, child, shared);
@@ -187,7 +187,7 @@ impl Trie {
         let index = self.runs.len() as u32;
         let row = self.num_nodes;
         self.num_nodes += len;
-        self.scatter_indices.extend(row..row + len);
+        self.spans.push((index, len));
         let above = &mut self.runs[parent as usize];
         let next_sibling = std::mem::replace(&mut above.first_child, index);
         above.num_children += 1;
@@ -254,7 +254,7 @@ impl Trie {
 
     /// All runs with their subtrees contiguous, siblings in order of appearance, each with the row
     /// at which it starts and the row at which its subtree ends.
-    pub(crate) fn depth_first(&self) -> Vec<(&Run, u32, u32)> {
+    pub(crate) fn depth_first(&self) -> Vec<(u32, u32, u32)> {
         let mut order = Vec::with_capacity(self.runs.len());
         // Runs still to visit, and visited runs (by their place in `order`) whose subtree is open.
         let mut stack: Vec<Visit> = self.roots.iter().rev().map(|&r| Visit::Enter(r)).collect();
@@ -264,7 +264,7 @@ impl Trie {
                 Visit::Enter(index) => {
                     let run = &self.runs[index as usize];
                     stack.push(Visit::Leave(order.len()));
-                    order.push((run, row, row));
+                    order.push((index, row, row));
                     row += run.len;
                     // Newest first on the stack's bottom: the oldest is popped first.
                     stack.extend(self.children(run).map(Visit::Enter));
