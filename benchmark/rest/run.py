@@ -6,7 +6,7 @@ model is a Qwen3 with random weights. Where vLLM is on the PATH, it is measured 
 prefixes. The numbers are medians of the rounds.
 
 examples:
-  python benchmark/rest/run.py           # 20 minutes on two idle cores; rewrites the result, plot and README
+  python benchmark/rest/run.py           # 35 minutes on two idle cores; rewrites the result, plot and README
   python benchmark/rest/run.py --smoke   # a tiny model, two requests, writes nothing: does it run?
   python benchmark/rest/run.py --plot    # draws the plot and the README's tables from the JSON results
   python benchmark/rest/run.py --shape 4b --device cuda:0 --dtype bf16 --template reranker --words 0 --requests 48 \\
