@@ -252,8 +252,8 @@ impl Trie {
         self.runs.push(tail);
     }
 
-    /// All runs with their subtrees contiguous, siblings in order of appearance, each with the row
-    /// at which it starts and the row at which its subtree ends.
+    /// The indices of all runs with their subtrees contiguous, siblings in order of appearance, each
+    /// with the row at which it starts and the row at which its subtree ends.
     pub(crate) fn depth_first(&self) -> Vec<(u32, u32, u32)> {
         let mut order = Vec::with_capacity(self.runs.len());
         // Runs still to visit, and visited runs (by their place in `order`) whose subtree is open.

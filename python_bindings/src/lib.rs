@@ -33,30 +33,6 @@ where
     array
 }
 
-fn build(
-    py: Python<'_>,
-    input_ids: &PyReadonlyArray1<'_, u32>,
-    position_ids: Option<&PyReadonlyArray1<'_, u32>>,
-    cu_seq_lengths: &PyReadonlyArray1<'_, u32>,
-    layout: Layout,
-    pad_multiple_of: Option<i64>,
-    salts: Option<&PyReadonlyArray1<'_, u64>>,
-) -> PyResult<Fold> {
-    let (ids, offsets) = (input_ids.as_slice()?, cu_seq_lengths.as_slice()?);
-    let mut builder = match position_ids {
-        Some(positions) => radix_mlp::Fold::builder(ids, positions.as_slice()?, offsets),
-        None => radix_mlp::Fold::counted(ids, offsets),
-    }
-    .layout(layout);
-    if let Some(multiple) = pad_multiple_of {
-        builder = builder.pad_multiple_of(rows("pad_multiple_of", multiple)?);
-    }
-    if let Some(salts) = salts {
-        builder = builder.salts(salts.as_slice()?);
-    }
-    py.detach(|| builder.build()).map(Fold).map_err(value_error)
-}
-
 #[pyfunction]
 #[pyo3(signature = (input_ids, position_ids, cu_seq_lengths, pad_multiple_of=None))]
 fn compute_fold_and_scatter<'py>(
@@ -66,12 +42,12 @@ fn compute_fold_and_scatter<'py>(
     cu_seq_lengths: PyReadonlyArray1<'py, u32>,
     pad_multiple_of: Option<i64>,
 ) -> PyResult<(Array<'py>, Array<'py>, Array<'py>, Array<'py>)> {
-    let (positions, layout) = (Some(&position_ids), Layout::default());
-    let fold = build(
+    let (positions, layout) = (Some(position_ids), "first_occurrence");
+    let fold = Fold::new(
         py,
-        &input_ids,
+        input_ids,
         positions,
-        &cu_seq_lengths,
+        cu_seq_lengths,
         layout,
         pad_multiple_of,
         None,
@@ -137,16 +113,19 @@ impl Fold {
                 )));
             }
         };
-        let (positions, salts) = (position_ids.as_ref(), salts.as_ref());
-        build(
-            py,
-            &input_ids,
-            positions,
-            &cu_seq_lengths,
-            layout,
-            pad_multiple_of,
-            salts,
-        )
+        let (ids, offsets) = (input_ids.as_slice()?, cu_seq_lengths.as_slice()?);
+        let builder = match &position_ids {
+            Some(positions) => radix_mlp::Fold::builder(ids, positions.as_slice()?, offsets),
+            None => radix_mlp::Fold::counted(ids, offsets),
+        };
+        let mut builder = builder.layout(layout);
+        if let Some(multiple) = pad_multiple_of {
+            builder = builder.pad_multiple_of(rows("pad_multiple_of", multiple)?);
+        }
+        if let Some(salts) = &salts {
+            builder = builder.salts(salts.as_slice()?);
+        }
+        py.detach(|| builder.build()).map(Fold).map_err(value_error)
     }
     #[getter]
     fn layout(&self) -> &'static str {

@@ -121,6 +121,22 @@ def test_counts_positions_that_are_not_given(arrange: Any) -> None:
     assert lists((fold.input_ids, fold.position_ids, fold.scatter_indices, fold.fold_gather)) == FOLDED
 
 
+@pytest.mark.parametrize("arrange", [np.asarray, lambda array: array.tolist()])
+def test_names_what_is_missing(arrange: Any) -> None:
+    ids, positions, offsets = map(arrange, BATCH.arrays())
+    missing: Any = None
+    for name, batch in (
+        ("input_ids", (missing, positions, offsets)),
+        ("position_ids", (ids, missing, offsets)),
+        ("cu_seq_lengths", (ids, positions, missing)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be 1-dimensional, got shape \(\)"):
+            compute_fold_and_scatter(*batch)
+        if name != "position_ids":
+            with pytest.raises(ValueError, match=rf"{name} must be 1-dimensional, got shape \(\)"):
+                Fold(*batch)
+
+
 def test_takes_read_only_arrays() -> None:
     arrays = BATCH.arrays()
     for array in arrays:

@@ -91,7 +91,7 @@ class Fold(_core.Fold):
         if salts is not None:
             salts = unsigned("salts", to_host({"salts": salts})["salts"], np.uint64)
         new = partial(super().__new__, cls)
-        return _call(new, batch, layout, pad_multiple_of, salts)
+        return _call(new, batch, layout, pad_multiple_of, salts, counts_positions=position_ids is None)
 
     @classmethod
     def from_sequences(
@@ -232,15 +232,23 @@ def packed(sequences: Sequence[Ids]) -> tuple[UInt32, NDArray[np.int64]]:
     return np.concatenate(rows) if rows else np.empty(0, np.uint32), _offsets([len(row) for row in rows])
 
 
-def _call(core: Callable[..., T], batch: tuple[Ids, Ids | None, Ids], *options: Any) -> T:
-    """`core` on `batch`, once its ids, positions and offsets are the contiguous uint32 it reads."""
+def _call(
+    core: Callable[..., T], batch: tuple[Ids, Ids | None, Ids], *options: Any, counts_positions: bool = False
+) -> T:
+    """`core` on `batch`, once its ids, positions and offsets are the contiguous uint32 it reads.
+
+    With `counts_positions` there are none of these.
+    """
     if getattr(batch[0], "dtype", None) == np.uint32:
         try:
             return core(*batch, *options)
         except TypeError:
             pass
     names = ("input_ids", "position_ids", "cu_seq_lengths")
-    host = to_host({name: values for name, values in zip(names, batch, strict=True) if values is not None})
+    given = dict(zip(names, batch, strict=True))
+    if counts_positions:
+        del given["position_ids"]
+    host = to_host(given)
     arrays = {name: unsigned(name, values) for name, values in host.items()}
     return core(*(arrays.get(name) for name in names), *options)
 
