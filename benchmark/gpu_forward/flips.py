@@ -27,11 +27,17 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
     """
     kept = first(batch)
     whole = len(kept)
+    # One kernel at every size, that of the column `none`: another one would flip decisions of its own.
+    varlen = "query_folded" if model.device.type == "cuda" else None
+
+    def unfolded(size: int) -> Tensor:
+        return folded_states(model, kept, "none", size, backend=varlen)
+
     sizes = {"half a batch": -(-whole // 2), "a quarter": -(-whole // 4), "two at a time": 2, "one at a time": 1}
     precise: Any = copy.deepcopy(model)
-    computed = {"float32": states(precise.float(), kept, 1), "none": folded_states(model, kept, "none", whole)}
+    computed = {"float32": states(precise.float(), kept, 1), "none": unfolded(whole)}
     del precise
-    computed |= {name: folded_states(model, kept, "none", size) for name, size in sizes.items()}
+    computed |= {name: unfolded(size) for name, size in sizes.items()}
     computed["full"] = folded_states(model, kept, "full", whole)
     # What another kernel decides of every copy, and what the same one decides of the folded batch.
     computed["padded"] = states(model, kept, whole)

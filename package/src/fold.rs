@@ -101,7 +101,7 @@ impl<'a> FoldBuilder<'a> {
         let num_rows = padded(trie.num_nodes as usize, self.pad_multiple_of)?;
         Ok(match self.layout {
             Layout::FirstOccurrence => first_occurrence(batch, trie, num_rows),
-            Layout::DepthFirst => depth_first(batch, &trie, num_rows),
+            Layout::DepthFirst => depth_first(batch, trie, num_rows),
         })
     }
 
@@ -172,14 +172,14 @@ fn first_occurrence(batch: Batch<'_>, trie: Trie, num_rows: usize) -> Fold {
     let ends = batch.cu_seq_lengths[1..].iter();
     let new_runs = ends.zip(&trie.query_lengths);
     let rows = Rows::gather(batch, new_runs.map(|(&end, &len)| end - len..end), num_rows);
-    let scatter = scatter(&trie, |run| trie.runs[run].row);
+    let scatter = scatter(trie.spans, |run| trie.runs[run].row);
     let layout = LayoutData::FirstOccurrence {
         query_lengths: trie.query_lengths,
     };
     rows.into_fold(batch, trie.num_nodes, scatter, layout)
 }
 
-fn depth_first(batch: Batch<'_>, trie: &Trie, num_rows: usize) -> Fold {
+fn depth_first(batch: Batch<'_>, trie: Trie, num_rows: usize) -> Fold {
     let order = trie.depth_first();
     let runs = order.iter().map(|&(index, ..)| &trie.runs[index as usize]);
     let tokens = runs.map(|run| run.start..run.start + run.len);
@@ -202,23 +202,19 @@ fn depth_first(batch: Batch<'_>, trie: &Trie, num_rows: usize) -> Fold {
         subtree_end,
         row_order,
     };
-    rows.into_fold(
-        batch,
-        trie.num_nodes,
-        scatter(trie, |run| row_of_run[run]),
-        layout,
-    )
+    let scatter = scatter(trie.spans, |run| row_of_run[run]);
+    rows.into_fold(batch, trie.num_nodes, scatter, layout)
 }
 
-/// The row of every token, from that of the first token of each run. In both layouts a stretch of
+/// The row of every token, from that of the first token of each run and `Trie::spans`. In both layouts a stretch of
 /// tokens keeps together, however its run was split since: what comes first behind a head is its
 /// tail, the oldest child.
-fn scatter(trie: &Trie, row_of_run: impl Fn(usize) -> u32) -> Scatter {
-    let span = |&(run, len): &(u32, u32)| Span {
+fn scatter(spans: Vec<(u32, u32)>, row_of_run: impl Fn(usize) -> u32) -> Scatter {
+    let span = |(run, len)| Span {
         row: row_of_run(run as usize),
         len,
     };
-    Scatter::new(trie.spans.iter().map(span).collect())
+    Scatter::new(spans.into_iter().map(span).collect())
 }
 
 /// The three arrays with one entry a row, padding included.
