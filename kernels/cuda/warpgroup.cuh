@@ -15,14 +15,27 @@ __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned
 // Closes a group of products.
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until all products are there; their registers need `settle`.
-__device__ inline void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until only the last PENDING groups of products may be under way; registers of the others need `settle`.
+template <int PENDING> __device__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Gives the warpgroup's threads COUNT registers each, fewer or more than the kernel began with.
+template <int COUNT> __device__ void shrink() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> __device__ void grow() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 // Keeps the compiler from moving uses of registers of products over the wait or the beginning.
 template <int N> __device__ void settle(float (&c)[N][4]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+    }
+}
+
+template <int N> __device__ void settle(float (&c)[N][2]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1])::"memory");
     }
 }
 
@@ -49,19 +62,23 @@ __device__ inline uint64_t descriptor(uint32_t address, uint32_t panel) {
     REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
                  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// c = a b^T for FIRST, else c += a b^T: rows of the 64 x 16 `a` and the 64 x 16 `b` in shared memory. A thread has the
-// elements of c that it has of eight m16n8k16.
-template <typename T, bool FIRST> __device__ void multiply_rows(float (&c)[8][4], uint64_t a, uint64_t b);
+// c = a b^T for FIRST, else c += a b^T: rows of the 64 x 16 `a` and the 128 x 16 `b` in shared memory. A thread has the
+// elements of c that it has of sixteen m16n8k16.
+template <typename T, bool FIRST> __device__ void multiply_rows(float (&c)[16][4], uint64_t a, uint64_t b);
 
 // c += a b: the 64 x 16 `a` as in m16n8k16, the 16 x 8 * N `b` in shared memory.
 template <typename T> __device__ void multiply_columns(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b);
 template <typename T> __device__ void multiply_columns(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b);
 
+#define PRODUCT(COLUMNS, NAME, REGISTERS, FACTORS)                                                                    \
+    "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." NAME "." NAME " {" REGISTERS "}, " FACTORS ";"
+#define ALL_64(WHAT, c) SIXTEEN(WHAT, c, 0), SIXTEEN(WHAT, c, 4)
+#define ALL_128(WHAT, c) ALL_64(WHAT, c), SIXTEEN(WHAT, c, 8), SIXTEEN(WHAT, c, 12)
+
 #define MULTIPLY_ROWS(T, NAME, FIRST, ADD, WHAT)                                                                     \
-    template <> __device__ inline void multiply_rows<T, FIRST>(float(&c)[8][4], uint64_t a, uint64_t b) {            \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" REGISTERS_32 "}, "             \
-                     "%32, %33, " ADD ", 1, 1, 0, 0;"                                                                \
-                     : SIXTEEN(WHAT, c, 0), SIXTEEN(WHAT, c, 4)                                                      \
+    template <> __device__ inline void multiply_rows<T, FIRST>(float(&c)[16][4], uint64_t a, uint64_t b) {           \
+        asm volatile(PRODUCT("128", NAME, REGISTERS_64, "%64, %65, " ADD ", 1, 1, 0, 0")                             \
+                     : ALL_128(WHAT, c)                                                                              \
                      : "l"(a), "l"(b));                                                                              \
     }
 
@@ -69,15 +86,13 @@ template <typename T> __device__ void multiply_columns(float (&c)[16][4], const 
     MULTIPLY_ROWS(T, NAME, true, "0", "=f")                                                                          \
     MULTIPLY_ROWS(T, NAME, false, "1", "+f")                                                                         \
     template <> __device__ inline void multiply_columns<T>(float(&c)[8][4], const uint32_t(&a)[4], uint64_t b) {     \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" REGISTERS_32 "}, "             \
-                     "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                        \
-                     : SIXTEEN("+f", c, 0), SIXTEEN("+f", c, 4)                                                      \
+        asm volatile(PRODUCT("64", NAME, REGISTERS_32, "{%32, %33, %34, %35}, %36, 1, 1, 1, 1")                      \
+                     : ALL_64("+f", c)                                                                               \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
     }                                                                                                                \
     template <> __device__ inline void multiply_columns<T>(float(&c)[16][4], const uint32_t(&a)[4], uint64_t b) {    \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" REGISTERS_64 "}, "            \
-                     "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                        \
-                     : SIXTEEN("+f", c, 0), SIXTEEN("+f", c, 4), SIXTEEN("+f", c, 8), SIXTEEN("+f", c, 12)           \
+        asm volatile(PRODUCT("128", NAME, REGISTERS_64, "{%64, %65, %66, %67}, %68, 1, 1, 1, 1")                     \
+                     : ALL_128("+f", c)                                                                              \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
     }
 

@@ -1,3 +1,4 @@
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{DType, Layout, Result, Tensor};
@@ -6,27 +7,34 @@ use super::{Binary, LOAD, tensor, unwritten, view};
 use crate::tree_attention::{KEY_BLOCK, TILE, query_block};
 use crate::{KernelError, TreeMask};
 
-/// A kernel by its file, its functions' prefix, the threads of a block, and the blocks of keys and of values, each, that are
-/// in shared memory at once.
+/// A kernel by its file, its functions' prefix, the threads of a block, and the rows of queries, keys, values and outputs that
+/// are in shared memory at once, with so many bytes besides.
 #[derive(Clone, Copy)]
 struct Kernel {
     binary: Binary,
     prefix: &'static str,
     threads: u32,
-    stages: usize,
+    shared_rows: usize,
+    shared_bytes: usize,
+    /// Whether its blocks stay on their multiprocessors and take tiles from a counter; else each has one.
+    stays: bool,
 }
 
 const FOR_ALL: Kernel = Kernel {
     binary: Binary::TreeAttention,
     prefix: "tree_attention",
     threads: 128,
-    stages: 1,
+    shared_rows: TILE + 2 * KEY_BLOCK,
+    shared_bytes: 0,
+    stays: false,
 };
 const FOR_HOPPER: Kernel = Kernel {
     binary: Binary::TreeAttentionHopper,
     prefix: "tree_attention_hopper",
-    threads: 256,
-    stages: 2,
+    threads: 384,
+    shared_rows: 2 * TILE + 8 * KEY_BLOCK,
+    shared_bytes: 2208,
+    stays: true,
 };
 
 impl Kernel {
@@ -35,9 +43,9 @@ impl Kernel {
         Ok(if major == 9 { FOR_HOPPER } else { FOR_ALL })
     }
 
-    /// Bytes of shared memory for a tile of queries and its stages of keys and values.
+    /// Bytes of shared memory for elements of `size` bytes.
     fn shared(self, head_dim: usize, size: usize) -> usize {
-        (TILE + 2 * self.stages * KEY_BLOCK) * head_dim * size
+        self.shared_rows * head_dim * size + self.shared_bytes
     }
 }
 
@@ -97,6 +105,14 @@ fn loadable(x: &Tensor) -> Result<Tensor> {
         return Ok(x.clone());
     }
     x.force_contiguous()
+}
+
+fn multiprocessors(device: &CudaDevice) -> Result<u32> {
+    let stream = device.cuda_stream();
+    let count = stream
+        .context()
+        .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    Ok(u32::try_from(count.w()?)?)
 }
 
 /// The kernel's argument of the same name.
@@ -169,6 +185,14 @@ impl Attention<'_> {
         for (storage, layout) in &held_numbers {
             number_views.push(view::<u32>(storage, layout)?);
         }
+        let tiles = u32::try_from(rows.div_ceil(query_block(self.mask.group)))?;
+        let kv_heads = sizes.heads / sizes.group;
+        let items = u32::try_from(u64::from(tiles) * u64::from(kv_heads))?;
+        // A launch's own: threads may launch with one mask at once, and candle's default stream is another in each.
+        let mut next = match kernel.stays {
+            true => Some(device.alloc_zeros::<u32>(1)?),
+            false => None,
+        };
         let nowhere = 0_u64;
         let mut launch = stream.launch_builder(&function);
         for view in &views {
@@ -183,13 +207,20 @@ impl Attention<'_> {
             launch.arg(view);
         }
         launch.arg(&sizes);
-        let tiles = u32::try_from(rows.div_ceil(query_block(self.mask.group)))?;
+        let grid_dim = match &mut next {
+            Some(next) => {
+                launch.arg(&tiles).arg(&items).arg(next);
+                (items.min(multiprocessors(device)?), 1, 1)
+            }
+            None => (tiles, kv_heads, 1),
+        };
         let config = LaunchConfig {
-            grid_dim: (tiles, sizes.heads / sizes.group, 1),
+            grid_dim,
             block_dim: (kernel.threads, 1, 1),
             shared_mem_bytes: u32::try_from(shared)?,
         };
-        // SAFETY: the arguments are those of the kernel; shapes, strides, alignment and the lists' blocks were checked.
+        // SAFETY: the arguments are those of the kernel; shapes, strides, alignment and the lists' blocks were checked. What
+        // it writes is this launch's alone.
         unsafe { launch.launch(config) }.w()?;
         let lse = match self.lse {
             true => tensor(denominators, device, (heads, rows)),
@@ -250,7 +281,8 @@ mod tests {
                 let x = Tensor::randn(0_f32, 1_f32, (fold.num_rows(), heads, head_dim), &device);
                 x.unwrap().to_dtype(DType::BF16).unwrap()
             };
-            let inputs = [random(4), random(2), random(2)];
+            // So many heads that each block of Hopper's has several tiles.
+            let inputs = [random(16), random(8), random(8)];
             let [(all, all_lse), (hopper, hopper_lse)] = [FOR_ALL, FOR_HOPPER].map(|kernel| {
                 let attention = Attention {
                     kernel,

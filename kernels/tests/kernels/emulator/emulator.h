@@ -1,8 +1,10 @@
 // Runs CUDA kernels on a CPU, a block after the other, to test them where there is no GPU.
 //
 // A thread of a block is a fiber, and one fiber runs at a time until it waits for others: at a barrier, or for what the
-// lanes of its warp do together. Which one goes on is drawn at random, so that a missing barrier shows. Copies to shared
-// memory happen when they are waited for and no sooner, and shared memory starts as NaN, so that a missing wait shows.
+// lanes of its warp do together. Which one goes on is drawn at random, and one warp at a time starves: it goes on where
+// no other can. So a missing barrier shows. Copies to shared memory happen when they are waited for and no sooner, or
+// at random where they arrive at a barrier by themselves, and shared memory starts as NaN, so that a missing wait
+// shows.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +15,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -49,6 +53,7 @@ struct Copy {
     uint32_t to;
     const void *from;
     bool valid;
+    uint32_t bytes;
 };
 
 struct Barrier {
@@ -67,23 +72,77 @@ struct Fiber {
     int half = 0;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
-    // Chunks of 16 bytes that the tensor cores may not see yet.
-    std::vector<uint32_t> unpublished;
-    std::vector<std::function<void()>> products, open_products;
+    // The tensor cores see for this thread what landed until then.
+    uint64_t published = 0;
+    bool products_begun = false;
+    std::vector<std::function<void()>> open_products;
+    std::vector<std::vector<std::function<void()>>> products;
 };
+
+// Copies under way: whose, and the barrier that they arrive at.
+struct Flight {
+    int thread;
+    uint32_t barrier;
+    std::vector<Copy> copies;
+};
+
+// A barrier in shared memory.
+struct Phased {
+    uint32_t arrivals, arrived, phase;
+    std::vector<int> waiting;
+
+    void arrive();
+};
+
+alignas(128) inline uint8_t memory[SHARED];
+// When what is there was copied, by chunks of 16 bytes; never, at first.
+inline uint64_t landed[SHARED / 16], now;
+
+inline void copy(const Copy &given) {
+    ++now;
+    std::memset(memory + given.to, 0, given.bytes);
+    if (given.valid) {
+        std::memcpy(memory + given.to, given.from, given.bytes);
+    }
+    landed[given.to / 16] = now;
+}
 
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Barrier barrier;
+    std::map<uint32_t, Phased> phased;
+    std::vector<Flight> flights;
     std::vector<int> ready;
     std::function<void()> kernel;
     std::mt19937 draw;
     ucontext_t launcher;
-    int current = 0, done = 0;
+    int current = 0, done = 0, starved = 0;
+
+    Phased &phased_at(uint32_t at) {
+        const auto found = phased.find(at);
+        if (found == phased.end()) {
+            std::fprintf(stderr, "emulator: no barrier at %u\n", at);
+            std::abort();
+        }
+        return found->second;
+    }
+
+    void land(size_t index) {
+        const Flight flight = std::move(flights[index]);
+        flights[index] = std::move(flights.back());
+        flights.pop_back();
+        for (const Copy &one : flight.copies) {
+            copy(one);
+        }
+        phased_at(flight.barrier).arrive();
+    }
 
     // To any fiber that may run, or back to the launcher after the last.
     void next() {
+        while (!flights.empty() && (ready.empty() || draw() % 512 == 0)) {
+            land(draw() % flights.size());
+        }
         if (ready.empty()) {
             if (done != int(fibers.size())) {
                 std::fputs("emulator: all threads wait for others\n", stderr);
@@ -91,7 +150,13 @@ struct Block {
             }
             setcontext(&launcher);
         }
-        const size_t index = draw() % ready.size();
+        if (draw() % 4096 == 0) {
+            starved = draw() % warps.size();
+        }
+        size_t index = draw() % ready.size();
+        for (size_t tried = 1; tried < ready.size() && ready[index] / WARP == starved; ++tried) {
+            index = (index + 1) % ready.size();
+        }
         const int from = current, to = ready[index];
         ready[index] = ready.back();
         ready.pop_back();
@@ -112,9 +177,14 @@ struct Block {
 };
 
 inline Block *block = nullptr;
-alignas(128) inline uint8_t memory[SHARED];
-// By chunks of 16 bytes.
-inline bool published[SHARED / 16];
+
+inline void Phased::arrive() {
+    if (++arrived == arrivals) {
+        arrived = 0, ++phase;
+        block->ready.insert(block->ready.end(), waiting.begin(), waiting.end());
+        waiting.clear();
+    }
+}
 
 // A thread's numbers; they follow the fiber that runs.
 struct ThreadIndex {
@@ -125,6 +195,11 @@ struct ThreadIndex {
 
 inline void enter() {
     block->kernel();
+    const auto own = [](const Flight &flight) { return flight.thread == block->current; };
+    if (std::any_of(block->flights.begin(), block->flights.end(), own)) {
+        std::fputs("emulator: a thread ended before its copies\n", stderr);
+        std::abort();
+    }
     ++block->done;
     block->next();
 }
@@ -164,10 +239,13 @@ inline void launch(dim3 blocks, uint32_t threads, const std::function<void()> &k
             own.warps = std::vector<Warp>(threads / WARP);
             own.kernel = kernel;
             own.draw.seed(x + 1000 * y);
+            own.current = own.draw() % threads;
+            own.starved = own.draw() % own.warps.size();
             block = &own;
             blockIdx = {x, y, 0};
             std::memset(memory, 0xff, SHARED);
-            std::memset(published, 0, sizeof published);
+            std::memset(landed, 0xff, sizeof landed);
+            now = 0;
             for (uint32_t i = 0; i < threads; ++i) {
                 Fiber &fiber = own.fibers[i];
                 getcontext(&fiber.context);
@@ -175,12 +253,11 @@ inline void launch(dim3 blocks, uint32_t threads, const std::function<void()> &k
                 fiber.context.uc_stack.ss_size = STACK;
                 fiber.context.uc_link = nullptr;
                 makecontext(&fiber.context, enter, 0);
-                if (i) {
+                if (int(i) != own.current) {
                     own.ready.push_back(i);
                 }
             }
-            own.current = 0;
-            swapcontext(&own.launcher, &own.fibers[0].context);
+            swapcontext(&own.launcher, &own.fibers[own.current].context);
         }
     }
 }
@@ -198,8 +275,10 @@ inline float __shfl_xor_sync(uint32_t, float value, int distance) {
 }
 
 template <typename T> T __ldg(const T *at) { return *at; }
+inline uint32_t atomicAdd(uint32_t *at, uint32_t more) { return std::exchange(*at, *at + more); }
 template <typename T> void __stcs(T *at, T value) { *at = value; }
 
 using std::min;
 
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }

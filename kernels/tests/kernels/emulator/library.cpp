@@ -21,15 +21,18 @@ void call(dim3 blocks, uint32_t threads, void (*kernel)(Parameters...), Argument
 
 extern "C" {
 
-void emulate_tree_attention(uint32_t bf16, uint32_t head_dim, uint32_t on_hopper, uint32_t tiles, uint32_t kv_heads,
+// On a Hopper GPU of `processors` multiprocessors, or on another where there are none.
+void emulate_tree_attention(uint32_t bf16, uint32_t head_dim, uint32_t processors, uint32_t tiles, uint32_t kv_heads,
                             const void *q, const void *k, const void *v, void *out, float *lse,
-                            const uint32_t *const *numbers, const Sizes *given) {
+                            const uint32_t *const *numbers, const Sizes *given, uint32_t *next) {
     auto run = [&](auto for_all, auto for_hopper) {
-        auto with = [&](uint32_t threads, auto kernel) {
-            call({tiles, kv_heads, 1}, threads, kernel, q, k, v, out, lse, numbers[0], numbers[1], numbers[2],
-                 numbers[3], numbers[4], numbers[5], *given);
+        auto with = [&](dim3 blocks, uint32_t threads, auto kernel, auto... more) {
+            call(blocks, threads, kernel, q, k, v, out, lse, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+                 numbers[5], *given, more...);
         };
-        on_hopper ? with(HOPPER_THREADS, for_hopper) : with(AMPERE_THREADS, for_all);
+        const uint32_t items = tiles * kv_heads;
+        processors ? with({min(processors, items), 1, 1}, HOPPER_THREADS, for_hopper, tiles, items, next)
+                   : with({tiles, kv_heads, 1}, AMPERE_THREADS, for_all);
     };
     if (head_dim == 64) {
         bf16 ? run(tree_attention_bf16_64, tree_attention_hopper_bf16_64)

@@ -14,8 +14,10 @@ inline void copy16(uint32_t to, const void *from, bool valid) {
         std::fprintf(stderr, "emulator: copy of 16 bytes to %u from %p\n", to, from);
         std::abort();
     }
-    emulator::fiber().open.push_back({to, from, valid});
+    emulator::fiber().open.push_back({to, from, valid, 16});
 }
+
+inline void copy4(uint32_t to, const void *from, bool valid) { emulator::fiber().open.push_back({to, from, valid, 4}); }
 
 inline void commit() {
     emulator::Fiber &own = emulator::fiber();
@@ -26,13 +28,8 @@ inline void commit() {
 template <int PENDING> void wait() {
     auto &groups = emulator::fiber().groups;
     while (groups.size() > PENDING) {
-        for (const emulator::Copy &copy : groups.front()) {
-            std::memset(emulator::memory + copy.to, 0, 16);
-            if (copy.valid) {
-                std::memcpy(emulator::memory + copy.to, copy.from, 16);
-            }
-            emulator::published[copy.to / 16] = false;
-            emulator::fiber().unpublished.push_back(copy.to / 16);
+        for (const emulator::Copy &one : groups.front()) {
+            emulator::copy(one);
         }
         groups.erase(groups.begin());
     }

@@ -1,36 +1,36 @@
 // cuda/warpgroup.cuh on the emulator, written from the PTX manual's matrix descriptors. Products read their factors from
 // shared memory when they are issued and again when they are waited for, since the tensor cores may at any time between;
-// both must find the same, and what was published.
+// both must find the same, and what was published. Between a wait and the next product must be `begin_products`.
 #pragma once
 
 #include <half.cuh>
 
-inline void publish() {
-    for (const uint32_t chunk : emulator::fiber().unpublished) {
-        emulator::published[chunk] = true;
-    }
-    emulator::fiber().unpublished.clear();
-}
+inline void publish() { emulator::fiber().published = emulator::now; }
 
-inline void begin_products() {}
+inline void begin_products() { emulator::fiber().products_begun = true; }
 
 // Products that are in no group are not waited for.
 inline void commit_products() {
     emulator::Fiber &own = emulator::fiber();
-    for (auto &product : own.open_products) {
-        own.products.push_back(std::move(product));
-    }
+    own.products.push_back(std::move(own.open_products));
     own.open_products.clear();
 }
 
-inline void wait_for_products() {
-    for (const auto &product : emulator::fiber().products) {
-        product();
+template <int PENDING> void wait_for_products() {
+    emulator::fiber().products_begun = false;
+    auto &groups = emulator::fiber().products;
+    while (groups.size() > PENDING) {
+        for (const auto &product : groups.front()) {
+            product();
+        }
+        groups.erase(groups.begin());
     }
-    emulator::fiber().products.clear();
 }
 
-template <typename X, int N> void settle(X (&)[N][4]) {}
+template <int COUNT> void shrink() {}
+template <int COUNT> void grow() {}
+
+template <typename X, int N, int M> void settle(X (&)[N][M]) {}
 
 inline uint64_t descriptor(uint32_t address, uint32_t panel) {
     return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(panel / 16) << 16 | address / 16;
@@ -46,7 +46,7 @@ template <typename T> float read(uint64_t descriptor, uint32_t offset) {
     }
     const uint32_t plain = (descriptor & 0x3fff) * 16 + offset;
     const uint32_t address = plain ^ (plain >> 7 & 7) << 4;
-    if (!published[address / 16]) {
+    if (landed[address / 16] > fiber().published) {
         std::fprintf(stderr, "emulator: the tensor cores read %u, which nobody published\n", address);
         std::abort();
     }
@@ -70,6 +70,10 @@ template <typename T> float of_columns(uint64_t descriptor, int k, int column) {
 
 // c (or 0, if FIRST) plus `product(row, column)`, by the thread's own elements of 16 rows for each warp.
 template <bool FIRST, int N, typename F> void later(float (&c)[N][4], F product) {
+    if (!fiber().products_begun) {
+        std::fputs("emulator: a product before begin_products\n", stderr);
+        std::abort();
+    }
     const int lane = emulator::lane(), warp = block->current / WARP % 4;
     auto compute = [=](int i) {
         return product(16 * warp + lane / 4 + 8 * (i % 4 / 2), i / 4 * 8 + lane % 4 * 2 + i % 2);
@@ -93,7 +97,7 @@ template <bool FIRST, int N, typename F> void later(float (&c)[N][4], F product)
 
 } // namespace emulator
 
-template <typename T, bool FIRST> void multiply_rows(float (&c)[8][4], uint64_t a, uint64_t b) {
+template <typename T, bool FIRST> void multiply_rows(float (&c)[16][4], uint64_t a, uint64_t b) {
     emulator::later<FIRST>(c, [=](int row, int column) {
         float sum = 0;
         for (int k = 0; k < 16; ++k) {
@@ -114,6 +118,13 @@ template <typename T, int N> void multiply_columns(float (&c)[N][4], const uint3
             rows[half][k] = pair.x, rows[half][k + 1] = pair.y;
         }
     }
+    const std::array<uint32_t, 4> early{a[0], a[1], a[2], a[3]};
+    emulator::fiber().open_products.push_back([early, &a] {
+        if (std::memcmp(early.data(), a, sizeof a)) {
+            std::fputs("emulator: a left factor changed under the tensor cores\n", stderr);
+            std::abort();
+        }
+    });
     emulator::later<false>(c, [=](int row, int column) {
         float sum = 0;
         for (int k = 0; k < 16; ++k) {

@@ -1,0 +1,139 @@
+// What the roles of a block share in tree_attention_hopper.cu: its shared memory, with the barriers by which keys,
+// values and items are handed over, and the items that it computes.
+#pragma once
+
+#include <barrier.cuh>
+#include <tree_attention.cuh>
+
+namespace {
+
+// Two warpgroups compute, two warps load queries and keys, two load values.
+constexpr int CONSUMERS = 256, LOADERS = 64, HOPPER_THREADS = CONSUMERS + 2 * LOADERS;
+// Key blocks that are computed together, and how many such steps are in shared memory at once.
+constexpr int BLOCKS = 2, STAGES = 2;
+constexpr int STEP = BLOCKS * KEYS;
+
+// COUNT parts of shared memory that are filled and emptied in turns, the first again after the last. Each has a barrier
+// that ends a phase when it is full, and one when it is empty. `at` counts all turns.
+template <int COUNT> struct Ring {
+    uint32_t memory, barriers, bytes;
+
+    __device__ uint32_t stage(uint32_t at) const { return memory + at % COUNT * bytes; }
+    __device__ uint32_t full(uint32_t at) const { return barriers + 8 * (at % COUNT); }
+    __device__ uint32_t empty(uint32_t at) const { return barriers + 8 * (COUNT + at % COUNT); }
+    static __device__ uint32_t parity(uint32_t at) { return at / COUNT % 2; }
+
+    __device__ void make(uint32_t writers, uint32_t readers) const {
+        for (int i = 0; i < COUNT; ++i) {
+            make_barrier(full(i), writers);
+            make_barrier(empty(i), readers);
+        }
+    }
+    __device__ void await_full(uint32_t at) const { await(full(at), parity(at)); }
+    // At once in the first round, where no phase has ended.
+    __device__ void await_empty(uint32_t at) const { await(empty(at), parity(at) ^ 1); }
+    // A warp's only arrival.
+    __device__ void emptied(uint32_t at) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            arrive(empty(at));
+        }
+    }
+};
+
+// A tile of a key head, where its lists begin, and how long the first and both are.
+struct Item {
+    uint32_t number, full, full_count, partial, count;
+};
+
+template <int HEAD_DIM> struct Memory {
+    static constexpr uint32_t TILE_BYTES = TILE * HEAD_DIM * 2, STAGE = STEP * HEAD_DIM * 2;
+    static constexpr uint32_t Q = 0, OUT = Q + TILE_BYTES, K = OUT + TILE_BYTES, V = K + STAGES * STAGE;
+    // Of a step's keys the ends of their subtrees and their depths, then the numbers of its blocks.
+    static constexpr uint32_t NUMBERS = V + STAGES * STAGE, DEPTHS = 4 * STEP, NUMBERS_OF_BLOCKS = 8 * STEP;
+    static constexpr uint32_t NUMBERS_STAGE = NUMBERS_OF_BLOCKS + 16;
+    static constexpr uint32_t Q_BARRIERS = NUMBERS + STAGES * NUMBERS_STAGE, ITEM_BARRIERS = Q_BARRIERS + 16;
+    static constexpr uint32_t K_BARRIERS = ITEM_BARRIERS + 16, V_BARRIERS = K_BARRIERS + 16 * STAGES;
+    static constexpr uint32_t ITEM = V_BARRIERS + 16 * STAGES, BYTES = ITEM + 32;
+    static_assert(BYTES == (2 * TILE + 8 * KEYS) * HEAD_DIM * 2 + 2208, "what src/cuda/attention.rs asks for");
+
+    uint32_t base = shared_address(shared_memory());
+    Ring<1> q{base + Q, base + Q_BARRIERS, TILE_BYTES}, item{base + ITEM, base + ITEM_BARRIERS, 0};
+    Ring<STAGES> k{base + K, base + K_BARRIERS, STAGE}, v{base + V, base + V_BARRIERS, STAGE};
+
+    __device__ void make() const {
+        q.make(LOADERS, CONSUMERS / 32);
+        item.make(1, HOPPER_THREADS / 32);
+        k.make(LOADERS, CONSUMERS / 32);
+        v.make(LOADERS, CONSUMERS / 32);
+    }
+    static __device__ uint32_t numbers(uint32_t at) { return NUMBERS + at % STAGES * NUMBERS_STAGE; }
+    static __device__ volatile Item &announced() { return *reinterpret_cast<volatile Item *>(shared_memory() + ITEM); }
+
+    // The item that the loader of keys has announced, the at-th.
+    __device__ Item take(uint32_t at) const {
+        item.await_full(at);
+        const volatile Item &next = announced();
+        const Item taken = {next.number, next.full, next.full_count, next.partial, next.count};
+        item.emptied(at);
+        return taken;
+    }
+};
+
+// What is the same for all roles. `next` is how many items were asked for, beside the first of each block.
+template <typename T> struct Given {
+    const T *q, *k, *v;
+    T *out;
+    float *lse;
+    const uint32_t *subtree_end, *depth;
+    Lists lists;
+    uint32_t tiles, items;
+    uint32_t *next;
+    const Sizes &sizes;
+
+    // The last tiles have the longest lists: they come first. A tile's heads follow each other, as their keys do in
+    // memory.
+    __device__ uint32_t tile(uint32_t item) const { return tiles - 1 - item / (items / tiles); }
+    __device__ uint32_t kv_head(uint32_t item) const { return item % (items / tiles); }
+
+    __device__ Item item(uint32_t number) const {
+        if (number >= items) {
+            return {number, 0, 0, 0, 0};
+        }
+        const uint32_t at = tile(number), full = lists.full[at], partial = lists.partial[at];
+        const uint32_t full_count = lists.full[at + 1] - full;
+        return {number, full, full_count, partial, full_count + lists.partial[at + 1] - partial};
+    }
+};
+
+// At least one, without keys where nothing is listed: then the output is zeros.
+__device__ uint32_t steps(uint32_t blocks) { return blocks > BLOCKS ? (blocks + BLOCKS - 1) / BLOCKS : 1; }
+
+// Calls work(at, item) for each item of this block. One thread asks for the next while the block computes this one.
+template <int HEAD_DIM, typename T, typename W>
+__device__ void for_items(const Memory<HEAD_DIM> &memory, const Given<T> &given, W work) {
+    Item item = given.item(blockIdx.x);
+    for (uint32_t at = 0; item.number < given.items; ++at) {
+        const bool announces = threadIdx.x == CONSUMERS;
+        uint32_t next = 0;
+        if (announces) {
+            next = gridDim.x + atomicAdd(given.next, 1);
+            // The last of all leaves the count as the first found it.
+            if (next == given.items + gridDim.x - 1) {
+                *given.next = 0;
+            }
+        }
+        work(at, item);
+        if (announces) {
+            const Item announced = given.item(next);
+            memory.item.await_empty(at);
+            volatile Item &to = memory.announced();
+            to.number = announced.number, to.full = announced.full, to.full_count = announced.full_count;
+            to.partial = announced.partial, to.count = announced.count;
+            arrive(memory.item.full(at));
+        }
+        item = memory.take(at);
+    }
+}
+
+} // namespace
