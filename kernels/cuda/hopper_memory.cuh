@@ -32,13 +32,8 @@ template <int COUNT> struct Ring {
     __device__ void await_full(uint32_t at) const { await(full(at), parity(at)); }
     // At once in the first round, where no phase has ended.
     __device__ void await_empty(uint32_t at) const { await(empty(at), parity(at) ^ 1); }
-    // A warp's only arrival.
-    __device__ void emptied(uint32_t at) const {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-            arrive(empty(at));
-        }
-    }
+    // Each thread says so of what it has read.
+    __device__ void emptied(uint32_t at) const { arrive(empty(at)); }
 };
 
 // A tile of a key head, where its lists begin, and how long the first and both are.
@@ -62,10 +57,10 @@ template <int HEAD_DIM> struct Memory {
     Ring<STAGES> k{base + K, base + K_BARRIERS, STAGE}, v{base + V, base + V_BARRIERS, STAGE};
 
     __device__ void make() const {
-        q.make(LOADERS, CONSUMERS / 32);
-        item.make(1, HOPPER_THREADS / 32);
-        k.make(LOADERS, CONSUMERS / 32);
-        v.make(LOADERS, CONSUMERS / 32);
+        q.make(LOADERS, CONSUMERS);
+        item.make(1, HOPPER_THREADS);
+        k.make(LOADERS, CONSUMERS);
+        v.make(LOADERS, CONSUMERS);
     }
     static __device__ uint32_t numbers(uint32_t at) { return NUMBERS + at % STAGES * NUMBERS_STAGE; }
     static __device__ volatile Item &announced() { return *reinterpret_cast<volatile Item *>(shared_memory() + ITEM); }
