@@ -32,7 +32,7 @@ template <int COUNT> struct Ring {
     __device__ void await_full(uint32_t at) const { await(full(at), parity(at)); }
     // At once in the first round, where no phase has ended.
     __device__ void await_empty(uint32_t at) const { await(empty(at), parity(at) ^ 1); }
-    // Each thread says so of what it has read.
+    // By each thread: an arrival orders its own thread's reads only (PTX, mbarrier.arrive).
     __device__ void emptied(uint32_t at) const { arrive(empty(at)); }
 };
 
@@ -113,10 +113,6 @@ __device__ void for_items(const Memory<HEAD_DIM> &memory, const Given<T> &given,
         uint32_t next = 0;
         if (announces) {
             next = gridDim.x + atomicAdd(given.next, 1);
-            // The last of all leaves the count as the first found it.
-            if (next == given.items + gridDim.x - 1) {
-                *given.next = 0;
-            }
         }
         work(at, item);
         if (announces) {
