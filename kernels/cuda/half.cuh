@@ -25,6 +25,24 @@ template <> struct Half<__nv_bfloat16> {
     }
 };
 
+// One 16-byte load.
+struct alignas(16) Floats {
+    float at[4];
+};
+
+// Four elements, one 8-byte load.
+template <typename T> struct Four {
+    uint2 bits;
+
+    __device__ Floats floats() const {
+        const float2 low = Half<T>::unpack(bits.x), high = Half<T>::unpack(bits.y);
+        return {{low.x, low.y, high.x, high.y}};
+    }
+    static __device__ Four of(const Floats &from) {
+        return {{Half<T>::pack(from.at[0], from.at[1]), Half<T>::pack(from.at[2], from.at[3])}};
+    }
+};
+
 // Eight elements, one 16-byte load.
 template <typename T> struct Eight {
     uint4 bits;

@@ -8,9 +8,9 @@ namespace {
 constexpr int WARP = 32;
 constexpr uint32_t ALL = 0xffffffff;
 
-__device__ float sum_of_warp(float x) {
-#pragma unroll
-    for (int distance = WARP / 2; distance; distance /= 2) {
+// Of `lanes` neighbours, a power of two.
+__device__ float sum_of_lanes(float x, uint32_t lanes) {
+    for (uint32_t distance = lanes / 2; distance; distance /= 2) {
         x += __shfl_xor_sync(ALL, x, distance);
     }
     return x;
@@ -19,12 +19,12 @@ __device__ float sum_of_warp(float x) {
 // A block of up to 1024 threads, whole warps.
 __device__ float sum_of_block(float x) {
     __shared__ float sums[WARP];
-    x = sum_of_warp(x);
+    x = sum_of_lanes(x, WARP);
     if (threadIdx.x % WARP == 0) {
         sums[threadIdx.x / WARP] = x;
     }
     __syncthreads();
-    return sum_of_warp(threadIdx.x % WARP < blockDim.x / WARP ? sums[threadIdx.x % WARP] : 0);
+    return sum_of_lanes(threadIdx.x % WARP < blockDim.x / WARP ? sums[threadIdx.x % WARP] : 0, WARP);
 }
 
 // sum = x + delta, normed = sum / rms(sum) * weight, of one row [8 * units] a block; x itself is the sum, and `sum` not
@@ -69,39 +69,51 @@ __device__ void add_rms_norm(const Eight<T> *x, const Eight<T> *delta, const Eig
     }
 }
 
-// Of the heads [rows, all_heads, head_dim], the first q_heads are normed by q_weight [head_dim], the next kv_heads by
-// k_weight, and both rotated by the angles whose cosines and sines [rows, head_dim / 2] are given, as Qwen3 does: element
-// i < head_dim / 2 with element i + head_dim / 2. A block has one row, a warp one head at a time, a lane four elements:
-// two neighbours of each half. The result is [rows, q_heads + kv_heads, head_dim].
+// Of the heads [rows, all_heads, 8 * pieces], the first q_heads are normed by q_weight [8 * pieces], the next kv_heads by
+// k_weight, and both rotated by the angles whose cosines and sines [rows, 4 * pieces] are given, as Qwen3 does: element
+// i < 4 * pieces with element i + 4 * pieces. A block has one row; `lanes` neighbours, a power of two that is not less than
+// the pieces, have one head at a time, each of them four elements of either half: what they read stays in registers, the
+// angles for all heads. The result is [rows, q_heads + kv_heads, 8 * pieces].
 template <typename T>
-__device__ void norm_rope(const T *heads, const T *q_weight, const T *k_weight, const float2 *cos, const float2 *sin,
-                          T *out, uint32_t all_heads, uint32_t q_heads, uint32_t kv_heads, uint32_t head_dim,
-                          float epsilon) {
-    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const uint32_t pairs = head_dim / 4;
+__device__ void norm_rope(const Four<T> *heads, const Four<T> *q_weight, const Four<T> *k_weight, const Floats *cos,
+                          const Floats *sin, Four<T> *out, uint32_t all_heads, uint32_t q_heads, uint32_t kv_heads,
+                          uint32_t pieces, uint32_t lanes, float epsilon) {
+    const uint32_t piece = threadIdx.x % lanes, own = threadIdx.x / lanes, step = blockDim.x / lanes;
+    const uint32_t wanted = q_heads + kv_heads;
     const uint64_t row = blockIdx.x;
-    cos += row * pairs;
-    sin += row * pairs;
-    auto pairs_of = [](const T *x) { return reinterpret_cast<const uint32_t *>(x); };
-    for (uint32_t head = warp; head < q_heads + kv_heads; head += warps) {
-        const uint32_t *from = pairs_of(heads + (row * all_heads + head) * head_dim);
-        const uint32_t *weight = pairs_of(head < q_heads ? q_weight : k_weight);
-        uint32_t *to = reinterpret_cast<uint32_t *>(out + (row * (q_heads + kv_heads) + head) * head_dim);
+    const bool has_piece = piece < pieces;
+    const Floats c = has_piece ? cos[row * pieces + piece] : Floats{}, s = has_piece ? sin[row * pieces + piece] : Floats{};
+    // All threads make as many turns, for they sum together.
+    for (uint32_t first = 0; first < wanted; first += step) {
+        const uint32_t head = first + own;
+        const bool works = has_piece && head < wanted;
+        Floats re{}, im{};
+        if (works) {
+            const Four<T> *from = heads + (row * all_heads + head) * 2 * pieces + piece;
+            re = from[0].floats();
+            im = from[pieces].floats();
+        }
         float squares = 0;
-        for (uint32_t at = lane; at < 2 * pairs; at += WARP) {
-            const float2 x = Half<T>::unpack(from[at]);
-            squares += x.x * x.x + x.y * x.y;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            squares += re.at[i] * re.at[i] + im.at[i] * im.at[i];
         }
-        const float inverse = rsqrtf(sum_of_warp(squares) / head_dim + epsilon);
-        for (uint32_t at = lane; at < pairs; at += WARP) {
-            const float2 c = cos[at], s = sin[at];
-            float2 re = Half<T>::unpack(from[at]), im = Half<T>::unpack(from[at + pairs]);
-            const float2 re_weight = Half<T>::unpack(weight[at]), im_weight = Half<T>::unpack(weight[at + pairs]);
-            re = {re.x * inverse * re_weight.x, re.y * inverse * re_weight.y};
-            im = {im.x * inverse * im_weight.x, im.y * inverse * im_weight.y};
-            to[at] = Half<T>::pack(re.x * c.x - im.x * s.x, re.y * c.y - im.y * s.y);
-            to[at + pairs] = Half<T>::pack(im.x * c.x + re.x * s.x, im.y * c.y + re.y * s.y);
+        const float inverse = rsqrtf(sum_of_lanes(squares, lanes) / (8 * pieces) + epsilon);
+        if (!works) {
+            continue;
         }
+        const Four<T> *weight = (head < q_heads ? q_weight : k_weight) + piece;
+        const Floats re_weight = weight[0].floats(), im_weight = weight[pieces].floats();
+        Floats x, y;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float normed_re = re.at[i] * inverse * re_weight.at[i], normed_im = im.at[i] * inverse * im_weight.at[i];
+            x.at[i] = normed_re * c.at[i] - normed_im * s.at[i];
+            y.at[i] = normed_im * c.at[i] + normed_re * s.at[i];
+        }
+        Four<T> *to = out + (row * wanted + head) * 2 * pieces + piece;
+        to[0] = Four<T>::of(x);
+        to[pieces] = Four<T>::of(y);
     }
 }
 
@@ -131,11 +143,11 @@ __device__ void swiglu(const Eight<T> *gate_up, Eight<T> *out, uint64_t count, u
                                                     float epsilon) {                                                 \
         add_rms_norm<T>(x, delta, weight, sum, normed, units, epsilon);                                              \
     }                                                                                                                \
-    extern "C" __global__ void norm_rope_##DTYPE(const T *heads, const T *q_weight, const T *k_weight,               \
-                                                 const float2 *cos, const float2 *sin, T *out, uint32_t all_heads,   \
-                                                 uint32_t q_heads, uint32_t kv_heads, uint32_t head_dim,             \
-                                                 float epsilon) {                                                    \
-        norm_rope<T>(heads, q_weight, k_weight, cos, sin, out, all_heads, q_heads, kv_heads, head_dim, epsilon);     \
+    extern "C" __global__ void norm_rope_##DTYPE(                                                                    \
+        const Four<T> *heads, const Four<T> *q_weight, const Four<T> *k_weight, const Floats *cos, const Floats *sin,\
+        Four<T> *out, uint32_t all_heads, uint32_t q_heads, uint32_t kv_heads, uint32_t pieces, uint32_t lanes,      \
+        float epsilon) {                                                                                             \
+        norm_rope<T>(heads, q_weight, k_weight, cos, sin, out, all_heads, q_heads, kv_heads, pieces, lanes, epsilon);\
     }                                                                                                                \
     extern "C" __global__ void swiglu_##DTYPE(const Eight<T> *gate_up, Eight<T> *out, uint64_t count,                \
                                               uint32_t units) {                                                      \

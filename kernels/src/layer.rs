@@ -8,6 +8,9 @@ use crate::rows::same_device;
 /// Widths on CUDA are multiples of it: what a kernel loads at once.
 #[cfg(feature = "cuda")]
 const UNIT: usize = 8;
+/// What the lanes of a warp hold of a head at once.
+#[cfg(feature = "cuda")]
+const MOST_HEAD_DIM: usize = 256;
 
 /// The residual sum and its norm: `sum = x + delta` \[rows, width\], or `x` itself without a delta, and
 /// `sum / sqrt(mean(sum²) + epsilon) * weight` with a weight \[width\]. All of one dtype; the norm is computed in f32.
@@ -47,7 +50,7 @@ pub fn add_rms_norm(
 /// with `weights[0]` \[head_dim\], the `counts[1]` after them with `weights[1]`, as by [`add_rms_norm`], and both are
 /// rotated: element i with element i + head_dim / 2, by angles whose cosines and sines are `angles`, f32
 /// \[rows, head_dim / 2\] (RoPE, arXiv 2104.09864, in the order of transformers' `rotate_half`). Returns both in one
-/// tensor, \[rows, counts\[0\] + counts\[1\], head_dim\]. On CUDA f16 and bf16, and head_dim a multiple of 8.
+/// tensor, \[rows, counts\[0\] + counts\[1\], head_dim\]. On CUDA f16 and bf16, and head_dim a multiple of 8 up to 256.
 ///
 /// # Errors
 ///
@@ -89,6 +92,13 @@ pub fn norm_rope(
     #[cfg(feature = "cuda")]
     if heads.device().is_cuda() {
         for_kernels("heads", heads, head_dim)?;
+        if head_dim > MOST_HEAD_DIM {
+            return Err(KernelError::Shape {
+                name: "heads",
+                expected: format!("of heads of up to {MOST_HEAD_DIM} on CUDA"),
+                found: heads.shape().clone(),
+            });
+        }
         if rows * (counts[0] + counts[1]) == 0 {
             return Ok(heads.narrow(1, 0, counts[0] + counts[1])?);
         }

@@ -8,7 +8,9 @@ const WARP: u32 = 32;
 const MOST_THREADS: u32 = 1024;
 /// Of the kernels that need none to work together.
 const THREADS: u32 = 256;
-/// Elements of one load.
+/// Of those for each row of heads: the fastest of 96 to 640 on an H200.
+const ROW_THREADS: u32 = 128;
+/// Elements of one load, or of two of half of them.
 const UNIT: usize = 8;
 
 /// See [`crate::add_rms_norm`], whose arguments have been checked.
@@ -131,8 +133,11 @@ fn norm_rope_of<T: CudaDType + DeviceRepr>(
     for (storage, layout) in &held_angles {
         angle_views.push(view::<f32>(storage, layout)?);
     }
-    let numbers = [all_heads, counts[0], counts[1], head_dim];
-    let mut sizes = [0_u32; 4];
+    // Of a head a lane has a piece of both halves, of a power of two lanes that a warp is a multiple of.
+    let pieces = head_dim / UNIT;
+    let lanes = pieces.next_power_of_two();
+    let numbers = [all_heads, counts[0], counts[1], pieces, lanes];
+    let mut sizes = [0_u32; 5];
     for (size, number) in sizes.iter_mut().zip(numbers) {
         *size = u32::try_from(number)?;
     }
@@ -148,13 +153,12 @@ fn norm_rope_of<T: CudaDType + DeviceRepr>(
         launch.arg(size);
     }
     launch.arg(&epsilon);
-    let warps = (sizes[1] + sizes[2]).min(THREADS / WARP);
     let config = LaunchConfig {
         grid_dim: (u32::try_from(rows)?, 1, 1),
-        block_dim: (warps * WARP, 1, 1),
+        block_dim: (ROW_THREADS, 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: the arguments are those of the kernel; head_dim is whole pairs of each half, all tensors are contiguous.
+    // SAFETY: the arguments are those of the kernel; head_dim is whole pieces, up to a warp's; all tensors are contiguous.
     unsafe { launch.launch(config) }.w()?;
     Ok(tensor(out, device, shape))
 }

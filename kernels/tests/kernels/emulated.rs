@@ -280,7 +280,12 @@ type NormRope = unsafe extern "C" fn(
 
 fn rotations(library: &Library, dtype: DType) {
     const EPSILON: f32 = 1e-5;
-    for ([q, k], dim, threads) in [([1, 1], 8, 64), ([4, 2], 64, 192), ([16, 8], 128, 256)] {
+    for ([q, k], dim, threads) in [
+        ([1, 1], 8, 64),
+        ([4, 2], 64, 192),
+        ([3, 2], 96, 64),
+        ([16, 8], 128, 128),
+    ] {
         let (rows, all) = (3, q + 2 * k);
         let heads = drawn(&[rows, all, dim], 1, dtype);
         let weights = [2, 3].map(|seed| drawn(&[dim], seed, dtype));
@@ -290,7 +295,8 @@ fn rotations(library: &Library, dtype: DType) {
         let [cos, sin] = [cos, sin].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
         let [heads, q_weight, k_weight] = [&heads, &weights[0], &weights[1]].map(bits);
         let mut out = vec![u16::MAX; rows * (q + k) * dim];
-        let sizes = [all, q, k, dim].map(|size| size as u32);
+        let pieces = dim / 8;
+        let sizes = [all, q, k, pieces, pieces.next_power_of_two()].map(|size| size as u32);
         // SAFETY: the symbol has this type, and the arrays the sizes that the kernel is told.
         unsafe {
             let run: Symbol<'_, NormRope> = library.get(b"emulate_norm_rope").unwrap();

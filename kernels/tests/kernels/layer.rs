@@ -106,7 +106,13 @@ fn all(dtypes: &[DType], device: &Device) {
             norms(rows, width, dtype, device);
             activations(rows, width, dtype, device);
         }
-        for (counts, head_dim) in [([1, 1], 8), ([4, 2], 64), ([16, 8], 128), ([3, 3], 96)] {
+        for (counts, head_dim) in [
+            ([1, 1], 8),
+            ([4, 2], 64),
+            ([16, 8], 128),
+            ([3, 3], 96),
+            ([40, 8], 256),
+        ] {
             rotations(5, counts, head_dim, dtype, device);
         }
     }

@@ -12,7 +12,7 @@ use radix_mlp_kernels::{
 use super::config::Qwen3Config;
 use super::error::ModelError;
 use super::model::FoldLevel;
-use super::rope::RopeTable;
+use super::rope::inverse_frequencies;
 use super::weights::{LayerWeights, Linear, Weights};
 use crate::block_mask::BlockMask;
 use crate::{Fold, FoldError, Layout};
@@ -104,21 +104,15 @@ impl Batch {
     }
 }
 
-/// Computed once for each position, and spread to the rows where they are used: rows are many more.
-fn angles(
-    config: &Qwen3Config,
-    positions: &[u32],
-    device: &Device,
-) -> std::result::Result<[Tensor; 2], ModelError> {
-    let end = positions.iter().max().map_or(0, |&last| last + 1);
-    let every: Vec<u32> = (0..end).collect();
-    let rows = Ids::new(positions, every.len(), device)?;
-    let (cos, sin) = RopeTable::new(config, &every).into_parts();
-    let spread = |values| {
-        let table = Tensor::from_vec(values, (every.len(), config.head_dim / 2), device)?;
-        index_select(&table, &rows)
-    };
-    Ok([spread(cos)?, spread(sin)?])
+/// Where the rows are, a number each, is all that the device is sent.
+fn angles(config: &Qwen3Config, positions: &[u32], device: &Device) -> Result<[Tensor; 2]> {
+    // f32, as transformers multiplies them.
+    let positions: Vec<f32> = positions.iter().map(|&position| position as f32).collect();
+    let rows = positions.len();
+    let positions = Tensor::from_vec(positions, (rows, 1), device)?;
+    let frequencies = Tensor::new(inverse_frequencies(config), device)?.unsqueeze(0)?;
+    let angles = positions.broadcast_mul(&frequencies)?;
+    Ok([angles.cos()?, angles.sin()?])
 }
 
 /// The rows that attend to each other, as tree attention takes them.

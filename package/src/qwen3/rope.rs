@@ -14,13 +14,7 @@ pub(super) struct RopeTable {
 
 impl RopeTable {
     pub fn new(config: &Qwen3Config, position_ids: &[u32]) -> Self {
-        let inverse_frequencies: Vec<f32> = (0..config.head_dim)
-            .step_by(2)
-            .map(|i| {
-                let exponent = i as f32 / config.head_dim as f32;
-                (config.rope_theta as f32).powf(exponent).recip() / config.rope_factor as f32
-            })
-            .collect();
+        let inverse_frequencies = inverse_frequencies(config);
         let width = inverse_frequencies.len();
         let mut table = Self {
             width,
@@ -45,9 +39,13 @@ impl RopeTable {
         let row = row * self.width..(row + 1) * self.width;
         (&self.cos[row.clone()], &self.sin[row])
     }
+}
 
-    /// All cosines and sines, \[rows × head_dim / 2\] each.
-    pub fn into_parts(self) -> (Vec<f32>, Vec<f32>) {
-        (self.cos, self.sin)
-    }
+/// Radians from one position to the next, \[head_dim / 2\].
+pub(super) fn inverse_frequencies(config: &Qwen3Config) -> Vec<f32> {
+    let of_pair = |i| {
+        let exponent = i as f32 / config.head_dim as f32;
+        (config.rope_theta as f32).powf(exponent).recip() / config.rope_factor as f32
+    };
+    (0..config.head_dim).step_by(2).map(of_pair).collect()
 }

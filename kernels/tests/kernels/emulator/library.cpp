@@ -56,7 +56,7 @@ void emulate_norm_rope(uint32_t bf16, uint32_t rows, uint32_t threads, const voi
                        float epsilon) {
     auto run = [&](auto kernel) {
         call({rows, 1, 1}, threads, kernel, heads, q_weight, k_weight, cos, sin, out, sizes[0], sizes[1], sizes[2],
-             sizes[3], epsilon);
+             sizes[3], sizes[4], epsilon);
     };
     bf16 ? run(norm_rope_bf16) : run(norm_rope_f16);
 }
