@@ -213,12 +213,20 @@ impl Scheduler {
             return Next::Idle;
         };
         let due = oldest.at + self.window;
-        let full =
-            self.waiting.cost >= self.budget.limit() || self.waiting.tokens >= self.max_tokens;
-        if now < due && !full {
+        if now < due && !self.is_full() {
             return Next::WaitUntil(due);
         }
         Next::Run(self.fill())
+    }
+
+    /// The next batch if as much waits as a batch takes: what may be prepared while another one is computed, for nothing that
+    /// arrives meanwhile would find room in it.
+    pub fn next_full(&mut self) -> Option<Batch> {
+        (!self.is_empty() && self.is_full()).then(|| self.fill())
+    }
+
+    fn is_full(&self) -> bool {
+        self.waiting.cost >= self.budget.limit() || self.waiting.tokens >= self.max_tokens
     }
 
     fn fill(&mut self) -> Batch {

@@ -46,6 +46,21 @@ fn an_empty_queue_is_idle() {
 }
 
 #[test]
+fn what_leaves_no_room_is_a_batch_before_its_window_has_passed() {
+    let mut scheduler = Scheduler::new(Budget::UniqueTokens(8), WINDOW);
+    assert_eq!(scheduler.next_full(), None);
+    scheduler.push([1, 2, 3, 4].into(), ms(0));
+    scheduler.push([1, 2, 3, 5, 6].into(), ms(0));
+    assert_eq!(scheduler.next_full(), None);
+    assert_eq!(scheduler.next(ms(0)), Next::WaitUntil(WINDOW));
+    scheduler.push([1, 2, 7, 8].into(), ms(0));
+    let batch = scheduler.next_full().expect("8 unique tokens wait");
+    assert_eq!((batch.tokens, batch.unique_tokens), (13, 8));
+    assert_eq!(scheduler.next_full(), None);
+    assert!(scheduler.is_empty());
+}
+
+#[test]
 fn requests_of_one_query_that_arrive_within_the_window_are_one_batch() {
     let mut scheduler = Scheduler::new(Budget::UniqueTokens(100), WINDOW);
     for passage in 0..5 {

@@ -7,6 +7,7 @@ mod error;
 mod guard;
 mod model;
 mod openapi;
+mod pipeline;
 mod queue;
 mod routes;
 mod telemetry;
@@ -43,7 +44,7 @@ use capacity::Capacity;
 use error::ApiError;
 use guard::Guard;
 use model::{FoldRule, Prompts, ServedModel, Task, YesNo};
-use queue::{Compute, Queue, Want};
+use queue::Queue;
 use routes::App;
 
 /// Inputs of one request.
@@ -320,12 +321,7 @@ impl Args {
             pooling,
             answers,
         };
-        let want = Want::Embedding {
-            normalize: true,
-            dimensions: None,
-        };
-        let warm_up = model.compute(&[[0].into()], &[vec![want]]);
-        warm_up.context("the model does not run")?;
+        model.warm_up().context("the model does not run")?;
         let (info, vocab_size) = (self.info(&model, task), model.model.config().vocab_size);
         Ok(App {
             queue: Arc::new(Queue::start(self.scheduler(), model)?),

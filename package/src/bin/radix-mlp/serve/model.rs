@@ -1,6 +1,6 @@
 //! The model behind the queue, and what its directory says about prompts and pooling.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -12,7 +12,8 @@ use radix_mlp::{Budget, Fold, Tokens, plan_batches};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::queue::{Compute, Computed, Want};
+use super::pipeline::{Compute, Computed};
+use super::queue::Want;
 use super::telemetry;
 use crate::engine::{FoldChoice, fold};
 
@@ -53,21 +54,86 @@ pub struct ServedModel {
     pub answers: Option<YesNo>,
 }
 
+/// A batch as it goes through the model, in one pass or several.
+pub struct Passes {
+    level: FoldLevel,
+    /// The sequences of each pass, by their numbers, and these folded.
+    parts: Vec<(Vec<usize>, Fold)>,
+}
+
+/// What is wanted of each pass, on the host.
+pub struct Outputs {
+    level: FoldLevel,
+    /// With the sequences' numbers.
+    parts: Vec<(Vec<usize>, PassOutputs)>,
+}
+
+struct PassOutputs {
+    /// f32 \[sequences, hidden\], where embeddings are wanted.
+    pooled: Option<Tensor>,
+    /// Of all sequences, for each kind of score that is wanted.
+    scores: HashMap<Want, Vec<f32>>,
+}
+
 impl Compute for ServedModel {
-    fn compute(&self, sequences: &[Tokens], wants: &[Vec<Want>]) -> anyhow::Result<Computed> {
+    type Prepared = Passes;
+    type Outputs = Outputs;
+
+    fn prepare(&self, sequences: &[Tokens]) -> anyhow::Result<Passes> {
         #[cfg(debug_assertions)]
         panic_where_told(sequences);
-        let batch = fold(sequences.iter().map(|tokens| &tokens[..]))?;
+        let fold_of = |members: &[usize]| fold(members.iter().map(|&s| &sequences[s][..]));
+        let all: Vec<usize> = (0..sequences.len()).collect();
+        let batch = fold_of(&all)?;
         let level = self.rule.level(&self.model, &batch);
-        let values = match level == FoldLevel::None && batch.num_tokens() > self.batch_tokens {
-            false => self.pass(&batch, level, wants)?,
-            true => self.passes(sequences, wants)?,
-        };
+        if level != FoldLevel::None || batch.num_tokens() <= self.batch_tokens {
+            let parts = vec![(all, batch)];
+            return Ok(Passes { level, parts });
+        }
+        // Filled by unique tokens, and not folded after all.
+        let parts = plan_batches(sequences, Budget::Tokens(self.batch_tokens)).into_iter();
+        let parts = parts.map(|part| {
+            let batch = fold_of(&part.sequences)?;
+            anyhow::Ok((part.sequences, batch))
+        });
+        let parts = parts.collect::<Result<_, _>>()?;
+        Ok(Passes { level, parts })
+    }
+
+    fn run(&self, Passes { level, parts }: Passes, wants: &[Vec<Want>]) -> anyhow::Result<Outputs> {
+        let parts = parts.into_iter().map(|(members, batch)| {
+            let outputs = self.pass(&batch, level, &wanted(&members, wants))?;
+            anyhow::Ok((members, outputs))
+        });
+        let parts = parts.collect::<Result<_, _>>()?;
+        Ok(Outputs { level, parts })
+    }
+
+    fn finish(&self, outputs: Outputs, wants: &[Vec<Want>]) -> anyhow::Result<Computed> {
+        let values = wants.iter().map(|wants| vec![Vec::new(); wants.len()]);
+        let mut values: Vec<_> = values.collect();
+        for (members, outputs) in &outputs.parts {
+            for want in wanted(members, wants) {
+                let asks = |&place: &usize| wants[members[place]].contains(&want);
+                let places: Vec<usize> = (0..members.len()).filter(asks).collect();
+                for (&place, found) in places.iter().zip(outputs.values(want, &places)?) {
+                    let own = values[members[place]].iter_mut();
+                    let own = own.zip(&wants[members[place]]);
+                    own.filter(|&(_, &asked)| asked == want)
+                        .for_each(|(value, _)| value.clone_from(&found));
+                }
+            }
+        }
         Ok(Computed {
             values,
-            folded: level != FoldLevel::None,
+            folded: outputs.level != FoldLevel::None,
         })
     }
+}
+
+fn wanted(members: &[usize], wants: &[Vec<Want>]) -> HashSet<Want> {
+    let wants = members.iter().flat_map(|&s| &wants[s]);
+    wants.copied().collect()
 }
 
 /// Panics in a batch that has this token. A test of a whole process has no other way to make a model
@@ -81,92 +147,83 @@ fn panic_where_told(sequences: &[Tokens]) {
 }
 
 impl ServedModel {
-    /// The values of a batch that was filled by unique tokens and turns out not to be folded.
-    fn passes(
-        &self,
-        sequences: &[Tokens],
-        wants: &[Vec<Want>],
-    ) -> anyhow::Result<Vec<Vec<Vec<f32>>>> {
-        let mut values = vec![Vec::new(); sequences.len()];
-        for part in plan_batches(sequences, Budget::Tokens(self.batch_tokens)) {
-            let members = &part.sequences;
-            let batch = fold(members.iter().map(|&s| &sequences[s][..]))?;
-            let wants: Vec<Vec<Want>> = members.iter().map(|&s| wants[s].clone()).collect();
-            let found = self.pass(&batch, FoldLevel::None, &wants)?;
-            for (&s, found) in members.iter().zip(found) {
-                values[s] = found;
-            }
-        }
-        Ok(values)
+    /// Computes a token once.
+    pub fn warm_up(&self) -> anyhow::Result<()> {
+        let want = Want::Embedding {
+            normalize: true,
+            dimensions: None,
+        };
+        let wants = [vec![want]];
+        let batch = self.prepare(&[[0].into()])?;
+        self.finish(self.run(batch, &wants)?, &wants)?;
+        Ok(())
     }
 
-    /// The values of each sequence, by one forward pass.
     fn pass(
         &self,
         batch: &Fold,
         level: FoldLevel,
-        wants: &[Vec<Want>],
-    ) -> anyhow::Result<Vec<Vec<Vec<f32>>>> {
+        wanted: &HashSet<Want>,
+    ) -> anyhow::Result<PassOutputs> {
         telemetry::pass(match level {
             FoldLevel::None => batch.num_tokens(),
             FoldLevel::Mlp | FoldLevel::Full => batch.num_nodes(),
         });
         let states = self.model.forward(batch, level)?;
-        let mut askers: HashMap<Want, Vec<usize>> = HashMap::new();
-        for (sequence, wants) in wants.iter().enumerate() {
-            for &want in wants {
-                askers.entry(want).or_default().push(sequence);
+        let mut outputs = PassOutputs {
+            pooled: None,
+            scores: HashMap::new(),
+        };
+        for &want in wanted {
+            if let Want::Embedding { .. } = want {
+                if outputs.pooled.is_none() {
+                    let pooled = states.pool(self.pooling)?;
+                    outputs.pooled = Some(pooled.to_device(&Device::Cpu)?);
+                }
+            } else {
+                outputs.scores.insert(want, self.scores(&states, want)?);
             }
         }
-        let mut found = HashMap::new();
-        for (want, askers) in askers {
-            let values = self.values(&states, want, &askers)?;
-            found.extend(askers.into_iter().map(|s| (s, want)).zip(values));
-        }
-        let values = wants.iter().enumerate();
-        let values =
-            values.map(|(s, wants)| wants.iter().map(|&w| found[&(s, w)].clone()).collect());
-        Ok(values.collect())
+        Ok(outputs)
     }
 
-    /// What is wanted of these sequences.
-    fn values(
-        &self,
-        states: &HiddenStates<'_>,
-        want: Want,
-        sequences: &[usize],
-    ) -> anyhow::Result<Vec<Vec<f32>>> {
-        let scores = |scores: Vec<f32>| sequences.iter().map(|&s| vec![scores[s]]).collect();
-        match (want, self.answers) {
-            (Want::Logit, Some(YesNo { yes, no })) => {
-                Ok(scores(self.model.yes_logits(states, yes, no)?))
-            }
-            (Want::Probability, Some(YesNo { yes, no })) => {
-                Ok(scores(self.model.yes_probabilities(states, yes, no)?))
-            }
-            (Want::Logit | Want::Probability, None) => {
-                bail!("the tokenizer has no \"yes\" and \"no\" to score with")
-            }
-            (
-                Want::Embedding {
-                    normalize: unit,
-                    dimensions,
-                },
-                _,
-            ) => {
-                let rows: Vec<u32> = sequences.iter().map(|&s| s as u32).collect();
-                let pooled = states.pool(self.pooling)?.to_device(&Device::Cpu)?;
-                let rows = Tensor::from_vec(rows, sequences.len(), &Device::Cpu)?;
-                let mut embeddings = pooled.index_select(&rows, 0)?;
-                if let Some(dimensions) = dimensions {
-                    embeddings = truncate_dimensions(&embeddings, dimensions)?;
-                }
-                if unit {
-                    embeddings = normalize(&embeddings)?;
-                }
-                Ok(embeddings.to_vec2()?)
-            }
+    fn scores(&self, states: &HiddenStates<'_>, want: Want) -> anyhow::Result<Vec<f32>> {
+        let Some(YesNo { yes, no }) = self.answers else {
+            bail!("the tokenizer has no \"yes\" and \"no\" to score with")
+        };
+        Ok(match want {
+            Want::Logit => self.model.yes_logits(states, yes, no)?,
+            _ => self.model.yes_probabilities(states, yes, no)?,
+        })
+    }
+}
+
+impl PassOutputs {
+    /// What is wanted of the sequences at these places.
+    fn values(&self, want: Want, places: &[usize]) -> anyhow::Result<Vec<Vec<f32>>> {
+        if let Some(scores) = self.scores.get(&want) {
+            return Ok(places.iter().map(|&place| vec![scores[place]]).collect());
         }
+        let (
+            Want::Embedding {
+                normalize: unit,
+                dimensions,
+            },
+            Some(pooled),
+        ) = (want, &self.pooled)
+        else {
+            bail!("{want:?} was not computed")
+        };
+        let rows: Vec<u32> = places.iter().map(|&place| place as u32).collect();
+        let rows = Tensor::from_vec(rows, places.len(), &Device::Cpu)?;
+        let mut embeddings = pooled.index_select(&rows, 0)?;
+        if let Some(dimensions) = dimensions {
+            embeddings = truncate_dimensions(&embeddings, dimensions)?;
+        }
+        if unit {
+            embeddings = normalize(&embeddings)?;
+        }
+        Ok(embeddings.to_vec2()?)
     }
 }
 

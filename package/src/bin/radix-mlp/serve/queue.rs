@@ -1,15 +1,16 @@
-//! The sequences that wait, and the thread that computes them batch by batch.
+//! The sequences that wait, and the batches that they become.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::mem::take;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use radix_mlp::{Batch, Next, Scheduler, Ticket, Tokens};
+use radix_mlp::{Batch, Next, Scheduler, Ticket};
 use tokio::sync::oneshot;
 
 use super::error::ApiError;
+use super::pipeline::{self, Compute, Running};
 use super::telemetry;
 
 /// What becomes of a sequence.
@@ -25,20 +26,6 @@ pub enum Want {
     Probability,
 }
 
-/// The values of a batch, and what they cost.
-pub struct Computed {
-    /// For each sequence, those of each of its wants.
-    pub values: Vec<Vec<Vec<f32>>>,
-    /// Whether what the sequences share was computed once.
-    pub folded: bool,
-}
-
-/// What the queue feeds.
-pub trait Compute: Send + 'static {
-    /// Computes different sequences, in lexicographic order, `wants[s]` of sequence s.
-    fn compute(&self, sequences: &[Tokens], wants: &[Vec<Want>]) -> anyhow::Result<Computed>;
-}
-
 /// A sequence's embedding or its score, and how it came about.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -49,28 +36,32 @@ pub struct Answer {
     pub inference: Duration,
 }
 
-struct Job {
-    want: Want,
-    since: Instant,
-    reply: oneshot::Sender<Result<Answer, ApiError>>,
+/// Somebody who waits for a sequence.
+pub struct Job {
+    pub want: Want,
+    pub since: Instant,
+    pub reply: oneshot::Sender<Result<Answer, ApiError>>,
 }
 
 struct State {
     scheduler: Scheduler,
     jobs: HashMap<Ticket, Job>,
+    /// Batches that were taken, and that the model has not computed yet.
+    taken: usize,
     closed: bool,
 }
 
-struct Shared {
+/// What waits, and the news of it for the thread that makes batches.
+pub struct Shared {
     state: Mutex<State>,
-    arrived: Condvar,
+    changed: Condvar,
     start: Instant,
 }
 
 /// Where requests put their sequences.
 pub struct Queue {
     shared: Arc<Shared>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Queue {
@@ -79,32 +70,20 @@ impl Queue {
             state: Mutex::new(State {
                 scheduler,
                 jobs: HashMap::new(),
+                taken: 0,
                 closed: false,
             }),
-            arrived: Condvar::new(),
+            changed: Condvar::new(),
             start: Instant::now(),
         });
-        let worker = std::thread::Builder::new()
-            .name("model".to_owned())
-            .spawn({
-                let shared = shared.clone();
-                move || {
-                    let _ended = Ended(&shared);
-                    while let Some(running) = shared.next_batch() {
-                        running.compute(&compute);
-                    }
-                }
-            })?;
-        Ok(Self {
-            shared,
-            worker: Mutex::new(Some(worker)),
-        })
+        let threads = Mutex::new(pipeline::start(&shared, compute)?);
+        Ok(Self { shared, threads })
     }
 
     /// Whether sequences are still computed.
     pub fn is_alive(&self) -> bool {
-        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
-        worker.as_ref().is_some_and(|worker| !worker.is_finished())
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        !threads.is_empty() && threads.iter().all(|thread| !thread.is_finished())
     }
 
     /// Waits for the values of `sequences`, in their order. Dropped before, it takes those that still
@@ -117,7 +96,7 @@ impl Queue {
         let (pending, replies) = self.submit(sequences, want)?;
         let mut answers = Vec::with_capacity(replies.len());
         for reply in replies {
-            // A worker that ends drops the senders of all that it has not answered.
+            // A thread that dies drops the senders of all that it has not answered.
             answers.push(reply.await.map_err(|_| ApiError::unhealthy())??);
         }
         drop(pending);
@@ -149,22 +128,18 @@ impl Queue {
         }
         telemetry::queue_length(state.jobs.len());
         drop(state);
-        self.shared.arrived.notify_one();
+        self.shared.changed.notify_one();
         Ok((pending, replies))
     }
 
     /// Computes what waits, and ends. Nothing is taken from now on.
     pub fn close(&self) {
         self.shared.lock().closed = true;
-        self.shared.arrived.notify_one();
-        let worker = self
-            .worker
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(worker) = worker {
-            // A worker that panicked has nothing left to say.
-            let _ = worker.join();
+        self.shared.changed.notify_one();
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in take(&mut *threads) {
+            // One that panicked has nothing left to say.
+            let _ = thread.join();
         }
     }
 }
@@ -189,41 +164,55 @@ impl Drop for Pending<'_> {
     }
 }
 
-/// Refuses what waits and what comes when the worker ends, however it does.
-struct Ended<'q>(&'q Shared);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.closed = true;
-        state.jobs.clear();
-        telemetry::queue_length(0);
-    }
-}
-
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a batch; `None` when the queue is closed and empty.
-    fn next_batch(&self) -> Option<Running> {
+    /// Waits for a batch; `None` when the queue is closed and empty. While the model has one, there is another only where
+    /// as much waits as it takes: what comes meanwhile could not have joined it.
+    pub fn next_batch(&self) -> Option<Running> {
         let mut state = self.lock();
         loop {
+            if state.closed && state.scheduler.is_empty() {
+                return None;
+            }
             let now = self.start.elapsed();
-            state = match state.scheduler.next(now) {
+            let next = match state.taken {
+                0 => state.scheduler.next(now),
+                1 => state.scheduler.next_full().map_or(Next::Idle, Next::Run),
+                _ => Next::Idle,
+            };
+            state = match next {
                 Next::Run(batch) => return Some(state.take(batch)),
-                Next::Idle if state.closed => return None,
                 Next::Idle => self
-                    .arrived
+                    .changed
                     .wait(state)
                     .unwrap_or_else(PoisonError::into_inner),
                 Next::WaitUntil(due) => {
-                    let waited = self.arrived.wait_timeout(state, due.saturating_sub(now));
+                    let waited = self.changed.wait_timeout(state, due.saturating_sub(now));
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
+    }
+
+    /// A batch has left the model, or never came to it.
+    pub fn computed(&self) {
+        self.lock().taken -= 1;
+        self.changed.notify_one();
+    }
+
+    /// Nothing is computed any more.
+    pub fn refuse_all(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        for ticket in take(&mut state.jobs).into_keys() {
+            state.scheduler.cancel(ticket);
+        }
+        telemetry::queue_length(0);
+        drop(state);
+        self.changed.notify_one();
     }
 }
 
@@ -234,57 +223,7 @@ impl State {
             |tickets: &[Ticket]| tickets.iter().filter_map(|t| self.jobs.remove(t)).collect();
         let jobs = batch.sequences.iter().map(|s| jobs(&s.tickets)).collect();
         telemetry::queue_length(self.jobs.len());
-        Running { batch, jobs }
-    }
-}
-
-struct Running {
-    batch: Batch,
-    jobs: Vec<Vec<Job>>,
-}
-
-impl Running {
-    /// Answers everybody, with an error where the model fails or panics.
-    fn compute(self, compute: &impl Compute) {
-        let Self { batch, jobs } = self;
-        let sequences: Vec<Tokens> = batch.sequences.iter().map(|s| s.tokens.clone()).collect();
-        let wants: Vec<Vec<Want>> = jobs
-            .iter()
-            .map(|jobs| jobs.iter().map(|job| job.want).collect())
-            .collect();
-        let begin = Instant::now();
-        // What a panic leaves behind is not looked at again: every batch starts from the weights.
-        let computed = catch_unwind(AssertUnwindSafe(|| compute.compute(&sequences, &wants)));
-        let inference = begin.elapsed();
-        let computed = match computed {
-            Ok(Ok(computed)) => computed,
-            Ok(Err(error)) => return refuse(jobs, &format!("{error:#}")),
-            Err(_) => return refuse(jobs, "the model panicked"),
-        };
-        telemetry::batch(&batch, computed.folded);
-        let sequences = jobs.into_iter().zip(computed.values).zip(&batch.sequences);
-        for ((jobs, values), sequence) in sequences {
-            let length = sequence.tokens.len();
-            let mut folded = if computed.folded { sequence.shared } else { 0 };
-            for (job, values) in jobs.into_iter().zip(values) {
-                let answer = Answer {
-                    values,
-                    folded,
-                    queued: begin - job.since,
-                    inference,
-                };
-                // Nobody to answer any more is nobody's loss.
-                let _ = job.reply.send(Ok(answer));
-                // Whoever asked for the same tokens gets them for nothing.
-                folded = length;
-            }
-        }
-    }
-}
-
-fn refuse(jobs: Vec<Vec<Job>>, message: &str) {
-    tracing::error!("a batch failed: {message}");
-    for job in jobs.into_iter().flatten() {
-        let _ = job.reply.send(Err(ApiError::backend(message)));
+        self.taken += 1;
+        Running::new(batch, jobs)
     }
 }

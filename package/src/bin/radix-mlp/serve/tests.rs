@@ -15,16 +15,21 @@ use super::capacity::Capacity;
 use super::connection::{self, Limits};
 use super::guard::{Guard, Room};
 use super::model::Prompts;
-use super::queue::{Compute, Computed, Queue, Want};
+use super::pipeline::{Compute, Computed};
+use super::queue::{Queue, Want};
 use super::routes::App;
 use super::tokenize::tokenized;
 
 /// What a test waits for at most.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// What a token tells the first stage to do; those that tell the next to are as many more.
 const PANICS: u32 = 1;
 const FAILS: u32 = 2;
 const KILLS: u32 = 3;
+const STAGES: u32 = 3;
+/// Unique tokens of a batch.
+const BATCH: u32 = 100;
 
 /// What kills the worker, which makes a message of it outside of all care for panics.
 #[derive(Debug)]
@@ -38,21 +43,35 @@ impl std::fmt::Display for Deadly {
 
 impl std::error::Error for Deadly {}
 
-/// A value of a sequence is its first token; each batch waits until it is let go.
+/// A value of a sequence is its first token; each batch waits in the model until it is let go.
 struct Scripted {
-    batches: Arc<Mutex<Vec<Vec<Tokens>>>>,
-    go: Receiver<()>,
+    prepared: Batches,
+    batches: Batches,
+    go: Mutex<Receiver<()>>,
 }
 
+type Batches = Arc<Mutex<Vec<Vec<Tokens>>>>;
+
 impl Compute for Scripted {
-    fn compute(&self, sequences: &[Tokens], wants: &[Vec<Want>]) -> anyhow::Result<Computed> {
-        self.batches.lock().unwrap().push(sequences.to_vec());
-        self.go.recv().unwrap();
-        let has = |token| sequences.iter().any(|tokens| tokens[0] == token);
-        assert!(!has(PANICS), "told to panic");
-        anyhow::ensure!(!has(FAILS), "told to fail");
-        anyhow::ensure!(!has(KILLS), Deadly);
-        let values = sequences.iter().zip(wants);
+    type Prepared = Vec<Tokens>;
+    type Outputs = Vec<Tokens>;
+
+    fn prepare(&self, sequences: &[Tokens]) -> anyhow::Result<Vec<Tokens>> {
+        self.prepared.lock().unwrap().push(sequences.to_vec());
+        obey(sequences, 0)?;
+        Ok(sequences.to_vec())
+    }
+
+    fn run(&self, batch: Vec<Tokens>, _: &[Vec<Want>]) -> anyhow::Result<Vec<Tokens>> {
+        self.batches.lock().unwrap().push(batch.clone());
+        self.go.lock().unwrap().recv().unwrap();
+        obey(&batch, 1)?;
+        Ok(batch)
+    }
+
+    fn finish(&self, outputs: Vec<Tokens>, wants: &[Vec<Want>]) -> anyhow::Result<Computed> {
+        obey(&outputs, 2)?;
+        let values = outputs.iter().zip(wants);
         let values = values.map(|(tokens, wants)| vec![vec![tokens[0] as f32]; wants.len()]);
         Ok(Computed {
             values: values.collect(),
@@ -61,22 +80,39 @@ impl Compute for Scripted {
     }
 }
 
+/// Does what a sequence's first token tells this stage to.
+fn obey(sequences: &[Tokens], stage: u32) -> anyhow::Result<()> {
+    let told = |what: u32| {
+        sequences
+            .iter()
+            .any(|tokens| tokens[0] == STAGES * stage + what)
+    };
+    assert!(!told(PANICS), "told to panic");
+    anyhow::ensure!(!told(FAILS), "told to fail");
+    anyhow::ensure!(!told(KILLS), Deadly);
+    Ok(())
+}
+
 struct Bench {
     queue: Arc<Queue>,
-    batches: Arc<Mutex<Vec<Vec<Tokens>>>>,
+    prepared: Batches,
+    /// Those that the model has had.
+    batches: Batches,
     go: Sender<()>,
 }
 
 fn bench() -> Bench {
     let (go, wait) = channel();
-    let batches = Arc::default();
+    let (prepared, batches) = (Batches::default(), Batches::default());
     let model = Scripted {
-        batches: Arc::clone(&batches),
-        go: wait,
+        prepared: prepared.clone(),
+        batches: batches.clone(),
+        go: Mutex::new(wait),
     };
-    let scheduler = Scheduler::new(Budget::UniqueTokens(100), Duration::ZERO);
+    let scheduler = Scheduler::new(Budget::UniqueTokens(BATCH as usize), Duration::ZERO);
     Bench {
         queue: Arc::new(Queue::start(scheduler, model).unwrap()),
+        prepared,
         batches,
         go,
     }
@@ -85,33 +121,50 @@ fn bench() -> Bench {
 impl Bench {
     /// Status or value of a sequence of one token.
     fn ask(&self, token: u32) -> tokio::task::JoinHandle<Result<f32, u16>> {
+        self.ask_for(vec![vec![token]])
+    }
+
+    /// That of the first sequence.
+    fn ask_for(&self, sequences: Vec<Vec<u32>>) -> tokio::task::JoinHandle<Result<f32, u16>> {
         let queue = self.queue.clone();
         tokio::spawn(async move {
-            let answers = queue.compute(vec![vec![token]], Want::Logit).await;
+            let answers = queue.compute(sequences, Want::Logit).await;
             answers
                 .map(|answers| answers[0].values[0])
                 .map_err(|error| error.status().as_u16())
         })
     }
 
+    /// Until the model has had so many batches.
     async fn until_batches(&self, count: usize) {
-        let batches = async {
-            while self.batches.lock().unwrap().len() < count {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        tokio::time::timeout(DEADLINE, batches).await.unwrap();
+        until(&self.batches, count).await;
     }
+}
+
+async fn until(batches: &Batches, count: usize) {
+    let enough = async {
+        while batches.lock().unwrap().len() < count {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, enough).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_batch_that_panics_or_fails_is_answered_and_the_next_one_runs() {
     let bench = bench();
-    for (token, answer) in [(PANICS, Err(424)), (FAILS, Err(424)), (7, Ok(7.0))] {
-        let asked = bench.ask(token);
+    for stage in 0..STAGES {
+        for (told, answer) in [(PANICS, Err(424)), (FAILS, Err(424))] {
+            let asked = bench.ask(STAGES * stage + told);
+            if stage > 0 {
+                bench.go.send(()).unwrap();
+            }
+            assert_eq!(asked.await.unwrap(), answer);
+            assert!(bench.queue.is_alive());
+        }
+        let asked = bench.ask(17);
         bench.go.send(()).unwrap();
-        assert_eq!(asked.await.unwrap(), answer);
-        assert!(bench.queue.is_alive());
+        assert_eq!(asked.await.unwrap(), Ok(17.0));
     }
 }
 
@@ -128,7 +181,7 @@ fn app(bench: &Bench) -> App {
         encoder: TextEncoder::from_file(&tokenizer).unwrap(),
         prompts: Prompts::default(),
         pair_prompt: None,
-        vocab_size: 10,
+        vocab_size: 100,
         compute_type: "cpu",
         info: Info {
             model_id: String::new(),
@@ -212,7 +265,7 @@ async fn clients_of_a_batch_that_panics_get_424_and_others_are_served() {
     for _ in 0..3 {
         bench.go.send(()).unwrap();
     }
-    let (status, body) = embed(PANICS).await;
+    let (status, body) = embed(STAGES + PANICS).await;
     assert_eq!(
         (status, &body[..]),
         (
@@ -220,16 +273,16 @@ async fn clients_of_a_batch_that_panics_get_424_and_others_are_served() {
             r#"{"error":"the model panicked","error_type":"Backend"}"#
         )
     );
-    let (status, body) = embed(FAILS).await;
+    let (status, body) = embed(STAGES + FAILS).await;
     assert_eq!(
         (status, &body[..]),
         (424, r#"{"error":"told to fail","error_type":"Backend"}"#)
     );
-    assert_eq!(embed(7).await, (200, "[[7.0]]".to_owned()));
+    assert_eq!(embed(17).await, (200, "[[17.0]]".to_owned()));
     assert_eq!(health().await.0, 200);
     bench.queue.close();
     assert_eq!(health().await.0, 503);
-    let (status, body) = embed(7).await;
+    let (status, body) = embed(17).await;
     assert_eq!(status, 503);
     assert!(body.contains(r#""error_type":"Unhealthy""#));
 }
@@ -261,20 +314,68 @@ async fn what_arrives_during_a_batch_is_the_next_one() {
     );
 }
 
+/// Different sequences of as many tokens as a batch takes, which share none.
+fn full(first: u32) -> Vec<Vec<u32>> {
+    (0..2)
+        .map(|own| vec![first + own; BATCH as usize / 2])
+        .collect()
+}
+
 #[tokio::test]
-async fn when_the_worker_dies_nobody_waits_for_it() {
+async fn a_full_batch_is_prepared_while_another_is_computed() {
     let bench = bench();
-    let killer = bench.ask(KILLS);
+    let mut asked = vec![bench.ask(50)];
     bench.until_batches(1).await;
-    let waiting = bench.ask(5);
+    // Less than a batch waits for company.
+    asked.push(bench.ask(60));
     tokio::time::sleep(Duration::from_millis(20)).await;
-    bench.go.send(()).unwrap();
-    for asked in [killer, waiting, bench.ask(6)] {
-        let answer = tokio::time::timeout(DEADLINE, asked).await;
-        assert_eq!(answer.unwrap().unwrap(), Err(503));
+    assert_eq!(bench.prepared.lock().unwrap().len(), 1);
+    asked.push(bench.ask_for(full(70)));
+    until(&bench.prepared, 2).await;
+    // Only one.
+    asked.push(bench.ask_for(full(80)));
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(bench.prepared.lock().unwrap().len(), 2);
+    assert_eq!(bench.batches.lock().unwrap().len(), 1);
+    for _ in 0..9 {
+        bench.go.send(()).unwrap();
     }
-    bench.queue.close();
-    assert!(!bench.queue.is_alive());
+    for (asked, value) in asked.into_iter().zip([50.0, 60.0, 70.0, 80.0]) {
+        assert_eq!(asked.await.unwrap(), Ok(value));
+    }
+}
+
+#[tokio::test]
+async fn when_a_thread_dies_nobody_waits_for_it() {
+    for stage in 0..STAGES {
+        let bench = bench();
+        let busy = bench.ask(50);
+        bench.until_batches(1).await;
+        // Full, so that it is prepared while the model is busy.
+        let mut deadly = full(70);
+        deadly.insert(0, vec![STAGES * stage + KILLS]);
+        let killer = bench.ask_for(deadly);
+        until(&bench.prepared, 2).await;
+        let waiting = bench.ask(15);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        for _ in 0..9 {
+            // The model may have ended.
+            let _ = bench.go.send(());
+        }
+        let within = |asked| tokio::time::timeout(DEADLINE, asked);
+        assert_eq!(within(busy).await.unwrap().unwrap(), Ok(50.0));
+        for asked in [killer, waiting] {
+            assert_eq!(within(asked).await.unwrap().unwrap(), Err(503));
+        }
+        let dead = async {
+            while bench.queue.is_alive() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, dead).await.unwrap();
+        assert_eq!(within(bench.ask(16)).await.unwrap().unwrap(), Err(503));
+        bench.queue.close();
+    }
 }
 
 #[tokio::test]
@@ -335,9 +436,9 @@ async fn texts_that_nobody_waits_for_keep_their_room_until_they_are_tokens() {
 #[tokio::test]
 async fn a_closed_queue_answers_what_it_has_and_takes_no_more() {
     let bench = bench();
-    let asked = bench.ask(5);
+    let asked = bench.ask(15);
     bench.until_batches(1).await;
-    let waiting = bench.ask(6);
+    let waiting = bench.ask(16);
     tokio::time::sleep(Duration::from_millis(20)).await;
     let closing = std::thread::spawn({
         let queue = bench.queue.clone();
@@ -345,9 +446,9 @@ async fn a_closed_queue_answers_what_it_has_and_takes_no_more() {
     });
     bench.go.send(()).unwrap();
     bench.go.send(()).unwrap();
-    assert_eq!(asked.await.unwrap(), Ok(5.0));
-    assert_eq!(waiting.await.unwrap(), Ok(6.0));
+    assert_eq!(asked.await.unwrap(), Ok(15.0));
+    assert_eq!(waiting.await.unwrap(), Ok(16.0));
     closing.join().unwrap();
     assert!(!bench.queue.is_alive());
-    assert_eq!(bench.ask(7).await.unwrap(), Err(503));
+    assert_eq!(bench.ask(17).await.unwrap(), Err(503));
 }
