@@ -39,7 +39,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use super::embed::PoolingChoice;
-use super::engine::{FoldChoice, ModelArgs, positive};
+use super::engine::{DeviceChoice, FoldChoice, ModelArgs, positive};
 use capacity::Capacity;
 use error::ApiError;
 use guard::Guard;
@@ -321,7 +321,14 @@ impl Args {
             pooling,
             answers,
         };
-        model.warm_up().context("the model does not run")?;
+        // On a CPU it would take seconds, and memory comes as it is touched.
+        let tokens = match self.model.device {
+            DeviceChoice::Cpu => 1,
+            DeviceChoice::Cuda(_) => self.max_batch_tokens,
+        };
+        let warm_up = model.warm_up(tokens);
+        warm_up
+            .with_context(|| format!("the model does not run with a batch of {tokens} tokens"))?;
         let (info, vocab_size) = (self.info(&model, task), model.model.config().vocab_size);
         Ok(App {
             queue: Arc::new(Queue::start(self.scheduler(), model)?),

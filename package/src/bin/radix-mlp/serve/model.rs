@@ -20,6 +20,9 @@ use crate::engine::{FoldChoice, fold};
 const SENTENCE_TRANSFORMERS_CONFIG: &str = "config_sentence_transformers.json";
 const POOLING_CONFIG: &str = "1_Pooling/config.json";
 
+/// Tokens of a sequence of the first batch.
+const WARM_UP_LENGTH: usize = 512;
+
 /// When a batch is folded.
 #[derive(Clone, Copy, Debug)]
 pub enum FoldRule {
@@ -147,14 +150,19 @@ fn panic_where_told(sequences: &[Tokens]) {
 }
 
 impl ServedModel {
-    /// Computes a token once.
-    pub fn warm_up(&self) -> anyhow::Result<()> {
+    /// Computes a batch of so many different tokens, which takes the memory that later ones use, or fails for want of it.
+    pub fn warm_up(&self, tokens: usize) -> anyhow::Result<()> {
         let want = Want::Embedding {
             normalize: true,
             dimensions: None,
         };
-        let wants = [vec![want]];
-        let batch = self.prepare(&[[0].into()])?;
+        let config = self.model.config();
+        let longest = config.max_position_embeddings.min(WARM_UP_LENGTH);
+        let sequences: Vec<Tokens> = (0..tokens.div_ceil(longest).min(config.vocab_size))
+            .map(|s| vec![s as u32; longest.min(tokens - s * longest)].into())
+            .collect();
+        let wants = vec![vec![want]; sequences.len()];
+        let batch = self.prepare(&sequences)?;
         self.finish(self.run(batch, &wants)?, &wants)?;
         Ok(())
     }
