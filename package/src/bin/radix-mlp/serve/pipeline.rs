@@ -3,7 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -46,10 +46,10 @@ pub struct Running {
     wants: Vec<Vec<Want>>,
 }
 
-/// A batch between two threads, with what the first has made of it.
-struct Handed<T> {
+/// A batch that the model has computed.
+struct Ran<O> {
     running: Running,
-    made: T,
+    outputs: O,
     begin: Instant,
     inference: Duration,
 }
@@ -57,8 +57,10 @@ struct Handed<T> {
 /// Starts the threads. They end when the queue is closed and empty, or one of them dies.
 pub fn start<C: Compute>(shared: &Arc<Shared>, compute: C) -> std::io::Result<Vec<JoinHandle<()>>> {
     let compute = Arc::new(compute);
+    // The queue gives no more than two batches to prepare before the model has one of them.
     let (prepared, to_run) = channel();
-    let (ran, to_finish) = channel();
+    // Bounded, as outputs take memory.
+    let (ran, to_finish) = sync_channel(1);
     Ok(vec![
         spawn("batches", shared, &compute, move |shared, compute| {
             prepare(shared, compute, &prepared);
@@ -95,25 +97,19 @@ impl Drop for Ended<'_> {
     }
 }
 
-fn prepare<C: Compute>(shared: &Shared, compute: &C, to: &Sender<Handed<C::Prepared>>) {
+fn prepare<C: Compute>(shared: &Shared, compute: &C, to: &Sender<(Running, C::Prepared)>) {
     while let Some(running) = shared.next_batch() {
         let sequences = running.batch.sequences.iter();
         let sequences: Vec<Tokens> = sequences.map(|s| s.tokens.clone()).collect();
         match attempt(|| compute.prepare(&sequences)) {
+            Ok(batch) => {
+                if to.send((running, batch)).is_err() {
+                    return;
+                }
+            }
             Err(message) => {
                 running.refuse(&message);
                 shared.computed();
-            }
-            Ok(made) => {
-                let handed = Handed {
-                    running,
-                    made,
-                    begin: Instant::now(),
-                    inference: Duration::ZERO,
-                };
-                if to.send(handed).is_err() {
-                    return;
-                }
             }
         }
     }
@@ -122,37 +118,36 @@ fn prepare<C: Compute>(shared: &Shared, compute: &C, to: &Sender<Handed<C::Prepa
 fn run<C: Compute>(
     shared: &Shared,
     compute: &C,
-    from: &Receiver<Handed<C::Prepared>>,
-    to: &Sender<Handed<C::Outputs>>,
+    from: &Receiver<(Running, C::Prepared)>,
+    to: &SyncSender<Ran<C::Outputs>>,
 ) {
-    for Handed { running, made, .. } in from {
+    for (running, batch) in from {
         let begin = Instant::now();
-        let outputs = attempt(|| compute.run(made, &running.wants));
-        shared.computed();
+        let outputs = attempt(|| compute.run(batch, &running.wants));
         let inference = begin.elapsed();
+        shared.computed();
         match outputs {
-            Err(message) => running.refuse(&message),
-            Ok(made) => {
-                let handed = Handed {
+            Ok(outputs) => {
+                let ran = Ran {
                     running,
-                    made,
+                    outputs,
                     begin,
                     inference,
                 };
-                if to.send(handed).is_err() {
+                if to.send(ran).is_err() {
                     return;
                 }
             }
+            Err(message) => running.refuse(&message),
         }
     }
 }
 
-fn finish<C: Compute>(compute: &C, from: &Receiver<Handed<C::Outputs>>) {
-    for handed in from {
-        let Handed { running, made, .. } = handed;
-        match attempt(|| compute.finish(made, &running.wants)) {
-            Ok(computed) => running.answer(computed, handed.begin, handed.inference),
-            Err(message) => running.refuse(&message),
+fn finish<C: Compute>(compute: &C, from: &Receiver<Ran<C::Outputs>>) {
+    for ran in from {
+        match attempt(|| compute.finish(ran.outputs, &ran.running.wants)) {
+            Ok(computed) => ran.running.answer(computed, ran.begin, ran.inference),
+            Err(message) => ran.running.refuse(&message),
         }
     }
 }
