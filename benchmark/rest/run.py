@@ -6,7 +6,7 @@ model is a Qwen3 with random weights. Where vLLM is on the PATH, it is measured 
 prefixes. The numbers are medians of the rounds.
 
 examples:
-  python benchmark/rest/run.py           # 35 minutes on two idle cores; rewrites the result, plot and README
+  python benchmark/rest/run.py           # 45 minutes on two idle cores; rewrites the result, plot and README
   python benchmark/rest/run.py --smoke   # a tiny model, two requests, writes nothing: does it run?
   python benchmark/rest/run.py --plot    # draws the plot and the README's tables from the JSON results
   python benchmark/rest/run.py --shape 4b --device cuda:0 --dtype bf16 --template reranker --words 0 --requests 48 \\
@@ -44,13 +44,16 @@ from rest.client import Run, Target, drive  # noqa: E402
 from rest.models import SHAPES, write_model  # noqa: E402
 from rest.report import plot, section, sections  # noqa: E402
 from rest.servers import Machine, Server, cache_counters, serving, starting  # noqa: E402
-from rest.targets import targets  # noqa: E402
+from rest.targets import CONTROLS, targets  # noqa: E402
 from rest.traffic import TEMPLATES, Request, requests, shared_prefixes, strangers  # noqa: E402
 
 RESULT = RESULTS / "rest.json"
 LEVELS = ("none", "mlp", "full")
 # Of the throughput of the unfolded server in the closed loop: it keeps up, and queues are short.
 OPEN_LOAD = 0.7
+# So many times as many rounds where nothing is to be gained: a run of some seconds differs from the next by more than the
+# 2 % that the target allows.
+CONTROL_ROUNDS = 5
 # Of vectors of length 1: sums in another order, in f32 through 12 layers of 768, and in bf16, which has 8 bits, through
 # up to 36.
 TOLERANCE = {"f32": 1e-4, "bf16": 5e-2, "f16": 1e-2}
@@ -161,7 +164,8 @@ def sharing(configured: dict[str, Server], options: argparse.Namespace) -> dict[
     }
     result = {}
     for case, bodies in tqdm(traffic.items(), desc="sharing", disable=None):
-        result[case] = compare(bodies, some, options.rounds, TOLERANCE[options.dtype], concurrency=options.concurrency)
+        rounds = options.rounds * (CONTROL_ROUNDS if case in CONTROLS else 1)
+        result[case] = compare(bodies, some, rounds, TOLERANCE[options.dtype], concurrency=options.concurrency)
         for run in result[case].values():
             del run["latencies"]
     return result
@@ -197,7 +201,7 @@ def origin(configured: dict[str, Server], options: argparse.Namespace) -> dict[s
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "vllm": output_of("vllm", "--version") if "vLLM" in configured else "not measured: not installed",
-        "llama.cpp": "not measured",
+        "llama.cpp": "not measured: llama-cpp-python's server empties its cache before each batch of embeddings",
         "note": options.note,
         "commit": options.commit or output_of("git", "rev-parse", "--short", "HEAD"),
         "dirty": None if options.commit else bool(changes()),
@@ -205,6 +209,7 @@ def origin(configured: dict[str, Server], options: argparse.Namespace) -> dict[s
         "servers": {name: server.told() for name, server in configured.items()},
         "vllm_block_tokens": servers.VLLM_BLOCK if "vLLM" in configured else None,
         "template_text": TEMPLATES.get(options.template, options.template),
+        "control_rounds": CONTROL_ROUNDS * options.rounds,
         **recorded,
     }
 
