@@ -51,8 +51,8 @@ RESULT = RESULTS / "rest.json"
 LEVELS = ("none", "mlp", "full")
 # Of the throughput of the unfolded server in the closed loop: it keeps up, and queues are short.
 OPEN_LOAD = 0.7
-# So many times as many rounds where nothing is to be gained: a run of some seconds differs from the next by more than the
-# 2 % that the target allows.
+# So many times as many rounds where nothing is to be gained: runs of some seconds differ by more than the 2 % that the
+# target allows.
 CONTROL_ROUNDS = 5
 # Of vectors of length 1: sums in another order, in f32 through 12 layers of 768, and in bf16, which has 8 bits, through
 # up to 36.
