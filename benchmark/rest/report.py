@@ -35,7 +35,7 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
     each = [f"{model(result)}{result['threads']} threads: {told(result)}" for result in results]
     where = f"On one {results[0]['gpu']}, in {results[0]['dtype']}; {len(each)} runs:"
     count, *missed = verdict(results).splitlines()
-    folded = "\n".join([f"<details>\n<summary>{count}</summary>\n", *missed, "\n</details>"])
+    folded = "\n".join([f"<details>\n<summary>{count}</summary>\n", *missed, "\n</details>"]) if missed else count
     return "\n\n".join(["\n".join(lines), where, "\n".join(f"- {line}" for line in each), folded])
 
 
