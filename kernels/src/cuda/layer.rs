@@ -8,7 +8,7 @@ const WARP: u32 = 32;
 const MOST_THREADS: u32 = 1024;
 /// Of the kernels that need none to work together.
 const THREADS: u32 = 256;
-/// Of those for each row of heads: the fastest of 96 to 640 on an H200.
+/// Of those for each row of heads: few, so that many rows are under way on a multiprocessor.
 const ROW_THREADS: u32 = 128;
 /// Elements of one load, or of two of half of them.
 const UNIT: usize = 8;
