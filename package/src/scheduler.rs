@@ -219,8 +219,8 @@ impl Scheduler {
         Next::Run(self.fill())
     }
 
-    /// The next batch if as much waits as a batch takes: what may be prepared while another one is computed, for nothing that
-    /// arrives meanwhile would find room in it.
+    /// The next batch if as much waits as a batch takes: what may be prepared while another one is computed, for what arrives
+    /// meanwhile would find room in it only as far as it shares.
     pub fn next_full(&mut self) -> Option<Batch> {
         (!self.is_empty() && self.is_full()).then(|| self.fill())
     }

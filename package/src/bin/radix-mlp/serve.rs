@@ -3,6 +3,7 @@
 mod api;
 mod capacity;
 mod connection;
+mod directory;
 mod error;
 mod guard;
 mod model;
@@ -41,9 +42,10 @@ use utoipa_swagger_ui::SwaggerUi;
 use super::embed::PoolingChoice;
 use super::engine::{DeviceChoice, FoldChoice, ModelArgs, positive};
 use capacity::Capacity;
+use directory::{Prompts, Task};
 use error::ApiError;
 use guard::Guard;
-use model::{FoldRule, Prompts, ServedModel, Task, YesNo};
+use model::{FoldRule, ServedModel, YesNo};
 use queue::Queue;
 use routes::App;
 
@@ -244,10 +246,10 @@ impl Args {
     }
 
     fn info(&self, model: &ServedModel, task: Task) -> api::Info {
-        let (model_id, model_sha) = model::name(&self.model.model);
+        let (model_id, model_sha) = directory::name(&self.model.model);
         let config = model.model.config();
         let embedding = api::EmbeddingModel {
-            pooling: model::pooling_name(model.pooling),
+            pooling: directory::pooling_name(model.pooling),
             dimensions: config.hidden_size,
         };
         api::Info {
@@ -279,7 +281,7 @@ impl Args {
         encoder: &TextEncoder,
     ) -> anyhow::Result<(Task, Option<YesNo>)> {
         let directory = &self.model.model;
-        let task = self.task.map_or_else(|| model::task(directory), Ok)?;
+        let task = self.task.map_or_else(|| directory::task(directory), Ok)?;
         let answers = answers(encoder).filter(|_| model.has_head());
         match (task, answers) {
             (Task::Embed, _) => Ok((task, None)),
@@ -311,7 +313,7 @@ impl Args {
         let (task, answers) = self.task(&model, &encoder)?;
         let pooling = match self.pooling {
             Some(pooling) => pooling.into(),
-            None => model::pooling(&self.model.model)?,
+            None => directory::pooling(&self.model.model)?,
         };
         let pair_prompt = answers.map(|_| encoder.prompt(reranker::BEFORE, reranker::AFTER));
         let model = ServedModel {

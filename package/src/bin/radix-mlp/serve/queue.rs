@@ -136,8 +136,9 @@ impl Queue {
     pub fn close(&self) {
         self.shared.lock().closed = true;
         self.shared.changed.notify_one();
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        for thread in take(&mut *threads) {
+        // The lock is free again while they end: whoever asks whether they live has an answer.
+        let threads = take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
             // One that panicked has nothing left to say.
             let _ = thread.join();
         }
@@ -170,7 +171,7 @@ impl Shared {
     }
 
     /// Waits for a batch; `None` when the queue is closed and empty. While the model has one, there is another only where
-    /// as much waits as it takes: what comes meanwhile could not have joined it.
+    /// as much waits as it takes: of what comes meanwhile, little could have joined it.
     pub fn next_batch(&self) -> Option<Running> {
         let mut state = self.lock();
         loop {

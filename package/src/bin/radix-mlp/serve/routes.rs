@@ -19,9 +19,9 @@ use super::api::{
     TruncationDirection,
 };
 use super::capacity::Capacity;
+use super::directory::Prompts;
 use super::error::{ApiError, ErrorBody};
 use super::guard::Room;
-use super::model::Prompts;
 use super::queue::{Answer, Queue, Want};
 use super::telemetry;
 use super::tokenize::{Tokenized, tokenized};

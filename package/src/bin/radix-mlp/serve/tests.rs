@@ -13,8 +13,9 @@ use tokio::sync::Semaphore;
 use super::api::{EmbeddingModel, Info, Input, ModelType};
 use super::capacity::Capacity;
 use super::connection::{self, Limits};
+use super::directory::Prompts;
 use super::guard::{Guard, Room};
-use super::model::Prompts;
+use super::model::strangers;
 use super::pipeline::{Compute, Computed};
 use super::queue::{Queue, Want};
 use super::routes::App;
@@ -376,6 +377,41 @@ async fn when_a_thread_dies_nobody_waits_for_it() {
         assert_eq!(within(bench.ask(16)).await.unwrap().unwrap(), Err(503));
         bench.queue.close();
     }
+}
+
+#[tokio::test]
+async fn a_queue_that_closes_does_not_hold_up_who_asks_for_its_health() {
+    let bench = bench();
+    let asked = bench.ask(15);
+    bench.until_batches(1).await;
+    let (queue, closing) = (bench.queue.clone(), bench.queue.clone());
+    let closing = std::thread::spawn(move || closing.close());
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let health = tokio::task::spawn_blocking(move || queue.is_alive());
+    let health = tokio::time::timeout(DEADLINE, health).await;
+    bench.go.send(()).unwrap();
+    assert!(!health.expect("it waits for the batch").unwrap());
+    assert_eq!(asked.await.unwrap(), Ok(15.0));
+    closing.join().unwrap();
+}
+
+#[test]
+fn strangers_are_as_many_tokens_and_share_none() {
+    for (tokens, longest, lengths) in [
+        (1, 512, vec![1]),
+        (512, 512, vec![512]),
+        (1100, 512, vec![512, 512, 76]),
+    ] {
+        let found = strangers(tokens, longest, 1000);
+        assert_eq!(found.iter().map(|s| s.len()).collect::<Vec<_>>(), lengths);
+        let mut scheduler = Scheduler::new(Budget::UniqueTokens(tokens), Duration::ZERO);
+        for sequence in found {
+            scheduler.push(sequence, Duration::ZERO);
+        }
+        let batch = scheduler.next_full().unwrap();
+        assert_eq!((batch.tokens, batch.unique_tokens), (tokens, tokens));
+    }
+    assert_eq!(strangers(100, 10, 3).len(), 3);
 }
 
 #[tokio::test]
