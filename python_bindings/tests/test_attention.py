@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from radix_mlp import Fold
-from radix_mlp.torch import attention, pick_backend
+from radix_mlp.torch import attention, pick_backend, walks
 from radix_mlp.torch.sequential import MAX_SCORES
 
 CUDA = torch.cuda.is_available()
@@ -72,7 +72,7 @@ def folds(draw: st.DrawFn, layout: Any) -> Fold:
 
 
 optional = {"softcap": st.sampled_from([None, 2.0]), "window": st.sampled_from([None, 1, 5, 17])}
-shapes = st.sampled_from([(2, 2, 16), (4, 2, 8), (3, 1, 24)])
+shapes = st.sampled_from([(2, 2, 16), (4, 2, 8), (3, 1, 24), (32, 1, 16)])
 
 # float32: sums of up to 50 products in another order; gradients add a few times as many.
 FLOAT32 = 2e-5
@@ -85,10 +85,19 @@ def test_sequential_equals_every_copy(fold: Fold, shape: tuple[int, int, int], o
 
 
 @settings(max_examples=25)
-@given(folds("depth_first"), shapes, st.fixed_dictionaries(optional))
-def test_tree_equals_every_copy(fold: Fold, shape: tuple[int, int, int], options: Options) -> None:
+@given(folds("depth_first"), shapes, st.fixed_dictionaries(optional), st.booleans())
+def test_tree_equals_every_copy(fold: Fold, shape: tuple[int, int, int], options: Options, split: bool) -> None:
     pytest.importorskip("triton")
-    compare(fold, tensors(fold, *shape), FLOAT32, options, "tree")
+    with pytest.MonkeyPatch.context() as patch:
+        if split:
+            split_walks(patch)
+        compare(fold, tensors(fold, *shape), FLOAT32, options, "tree")
+
+
+def split_walks(patch: pytest.MonkeyPatch) -> None:
+    """Make every walk of the key gradient a single step."""
+    patch.setattr(walks, "MIN_WALK", 4)
+    patch.setattr(walks, "PROGRAMS", 10**9)
 
 
 def three_levels(layout: Any) -> Fold:
@@ -99,7 +108,18 @@ def three_levels(layout: Any) -> Fold:
     return Fold.from_sequences([b + draw(0, 9, 40).tolist() for b in branches for _ in range(3)], layout=layout)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 33}, {"softcap": 3.0}, {"scale": 0.5, "window": 100}])
+LONG_OPTIONS: list[Options] = [{}, {"window": 33}, {"softcap": 3.0}, {"scale": 0.5, "window": 100}]
+
+
+@pytest.mark.parametrize("options", LONG_OPTIONS)
+def test_parts_of_long_walks_are_added(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    split_walks(monkeypatch)
+    fold = three_levels("depth_first")
+    compare(fold, tensors(fold, 4, 2, 16), FLOAT32, options, "tree")
+
+
+@pytest.mark.parametrize("options", LONG_OPTIONS)
 @pytest.mark.parametrize("backend", ["tree", "sequential"])
 def test_long_tries(options: Options, backend: str) -> None:
     if backend == "tree":
@@ -220,6 +240,15 @@ def test_interpreted_kernels_have_no_bfloat16() -> None:
         attention(q, q, q, Fold.from_sequences([[1, 2]], layout="depth_first"), backend="tree")
 
 
+def test_more_heads_than_a_tile_has_are_refused() -> None:
+    pytest.importorskip("triton")
+    fold = Fold.from_sequences([[1, 2]], layout="depth_first")
+    q, k, v = tensors(fold, 71, 1, 16)
+    with pytest.raises(ValueError, match=r"'tree' takes up to 32 query heads for each key head, got 71 for 1"):
+        attention(q, k, v, fold, backend="tree")
+    compare(fold, [q, k, v], FLOAT32, {}, None)
+
+
 def test_mixed_dtypes_are_refused() -> None:
     fold = Fold.from_sequences([[1, 2]])
     q = torch.zeros(2, 1, 8)
@@ -243,12 +272,13 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, windowed: bo
     pytest.importorskip("triton")
     from radix_mlp.torch import kernels, tree
 
-    spies = {name: Spy(getattr(kernels, name)) for name in ("forward", "query_gradient", "key_gradient")}
+    names = ("forward", "query_gradient", "key_gradient", "add_parts")
+    spies = {name: Spy(getattr(kernels, name)) for name in names}
     for name, spy in spies.items():
         monkeypatch.setattr(kernels, name, spy)
     for _layer in range(2):
         tree.compile_kernels(torch.device(DEVICE), torch.float16, 6, 2, 24, windowed)
-    assert [spy.launches for spy in spies.values()] == [1, 1, 1]
+    assert [spy.launches for spy in spies.values()] == [1, 1, 1, 1]
 
 
 @needs_cuda

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import cost, dispatch, pick_backend  # noqa: E402
-from radix_mlp.torch.cost import Rates, flash_seconds, flash_work, longest_walk, tree_seconds, tree_work  # noqa: E402
+from radix_mlp.torch.cost import Rates, flash_seconds, flash_work, tree_seconds, tree_work  # noqa: E402
 from radix_mlp.torch.tree_mask import Tiles, tree_arrays  # noqa: E402
 
 TILES = Tiles(128, 64, 4, 2)
@@ -60,12 +60,6 @@ def test_training_costs_more() -> None:
     forward = tree_seconds(7200, 8000, TILES, **sizes)
     training = [tree_seconds(7200, 8000, TILES, **sizes, walk=walk) for walk in (100, 100_000)]
     assert 2 * forward < training[0] < training[1]
-
-
-def test_longest_walk() -> None:
-    assert longest_walk(batch(3, 5, 4)) == 3 + 4 * 5
-    assert longest_walk(batch(0, 5, 4)) == 5
-    assert longest_walk(Fold.from_sequences([], layout="depth_first")) == 0
 
 
 def on_cuda(rows: int, heads: int, *, training: bool = False) -> Any:

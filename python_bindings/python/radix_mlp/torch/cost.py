@@ -66,13 +66,6 @@ def tree_work(rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int,
     }
 
 
-def longest_walk(fold: Fold) -> int:
-    """The most rows that see one key of a depth-first fold: the gradient of a block of keys walks through them all."""
-    assert fold.subtree_end is not None
-    ends = fold.subtree_end.astype(np.int64)
-    return int((ends - np.arange(len(ends))).max(initial=0))
-
-
 def flash_work(fold: Fold, heads: int, kv_heads: int, head_dim: int, window: int | None) -> Work:
     """Flops of two products, tiles of queries, bytes that the gathers of keys and values move, if any."""
     queries, keys = first_rows(fold), sequence_lengths(fold)

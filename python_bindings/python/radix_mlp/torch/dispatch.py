@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch.cost import flash_seconds, longest_walk, tree_seconds
+from radix_mlp.torch.cost import flash_seconds, tree_seconds
 from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.softmax import runs_on
-from radix_mlp.torch.tree_mask import tree_mask
+from radix_mlp.torch.tree_mask import MAX_GROUP, key_gradient_tiles, tree_mask
+from radix_mlp.torch.walks import longest_walk
 
 Backend = Literal["tree", "query_folded", "sequential"]
 
@@ -44,7 +45,7 @@ def attention(
     Backends:
 
     - "tree": a block-sparse Triton kernel over a depth-first fold. CUDA, float16, bfloat16 or
-      float32, head_dim up to 256. Gathers nothing.
+      float32, head_dim up to 256, up to 32 heads for each key head. Gathers nothing.
     - "query_folded": FlashAttention's varlen kernel, new rows against whole paths. CUDA, float16 or
       bfloat16, head_dim a multiple of 8 up to 256, no softcap. Gathers keys and values.
     - "sequential": scaled_dot_product_attention, one sequence after the other, in bounded memory.
@@ -100,9 +101,9 @@ def pick_backend(
             from radix_mlp.torch.tree import compile_kernels
 
             compile_kernels(q.device, q.dtype, heads, kv_heads, head_dim, window is not None)
-        mask = tree_mask(fold, q, k, window)
-        walk = longest_walk(fold) if training else None
-        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, heads // kv_heads, head_dim, walk)
+        mask, group = tree_mask(fold, q, k, window), heads // kv_heads
+        walk = longest_walk(fold, key_gradient_tiles(head_dim, q.dtype), group, kv_heads) if training else None
+        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, group, head_dim, walk)
         flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window, training=training)
         return "tree" if tree_time <= flash_time else "query_folded"
 
@@ -141,6 +142,8 @@ def _unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, 
             return f"needs a fold in depth_first layout, got {fold.layout}"
         if q.dtype not in (*HALF, torch.float32):
             return f"takes float16, bfloat16 and float32, got {q.dtype}"
+        if q.shape[1] > MAX_GROUP * k.shape[1]:
+            return f"takes up to {MAX_GROUP} query heads for each key head, got {q.shape[1]} for {k.shape[1]}"
         if q.device.type != "cuda" and q.dtype == torch.bfloat16:
             return "takes float16 and float32 where Triton interprets it, got torch.bfloat16"
         return None

@@ -10,18 +10,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch import kernels
-from radix_mlp.torch.tree_mask import Tiles, TreeMask, tree_mask
+from radix_mlp.torch.tree_mask import Tiles, TreeMask, key_gradient_tiles, query_gradient_tiles, tree_mask
+from radix_mlp.torch.walks import Walks, key_walks
 
-
-def _query_gradient_tiles(forward: Tiles, dtype: torch.dtype) -> Tiles:
-    """Those of the forward pass, whose block lists it reads, with more warps: it holds more."""
-    return forward if dtype == torch.float32 else Tiles(forward.tile, forward.key_block, 8, 2)
-
-
-def _key_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(64, 64, 4, 2) if head_dim <= 128 else Tiles(64, 64, 8, 1)
+# Key heads of a tile that start together, of this many query heads and of all: where all tiles of one head start before
+# the next head's, the last head's longest tiles end long after the others.
+QUERY_HEADS_IN_A_ROW, KEY_HEADS_IN_A_ROW = 16, 8
 
 
 def tree_attention(
@@ -39,14 +33,20 @@ def tree_attention(
 def compile_kernels(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, windowed: bool
 ) -> None:
-    """Compile what training on such tensors runs, by attention of one row to itself.
+    """Compile what training on such tensors runs, by attention of a few rows.
 
     A step that is the first to take this backend would otherwise wait for seconds.
     """
-    q, k = (torch.zeros(1, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
-    mask = tree_mask(Fold.from_sequences([[0]], layout="depth_first"), q, k, 1 if windowed else None)
+    group = heads // kv_heads
+    tiles = key_gradient_tiles(head_dim, dtype)
+    # Two steps of a walk, a walk each.
+    step = tiles.tile // group
+    fold = Fold.from_sequences([[0] * (2 * step)], layout="depth_first")
+    walks = key_walks(fold, tiles, group, kv_heads, device, longest=step)
+    q, k = (torch.zeros(2 * step, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
+    mask = tree_mask(fold, q, k, 1 if windowed else None)
     out, lse = _forward(q, k, k, mask, 1.0, None)
-    _backward(q, k, k, out, lse, out, mask, 1.0, None)
+    _backward(q, k, k, out, lse, out, mask, walks, 1.0, None)
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -63,7 +63,10 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), *ctx.options)
+        mask, scale, softcap = ctx.options
+        (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
+        walks = key_walks(mask.fold, key_gradient_tiles(head_dim, q.dtype), heads // kv_heads, kv_heads, q.device)
+        dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), mask, walks, scale, softcap)
         return dq, dk, dv, None, None, None
 
 
@@ -75,12 +78,12 @@ def _forward(
     kv_heads = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-    kernels.forward[(len(mask.full) - 1, kv_heads)](
-        q, *_descriptors(mask.tiles, k, v), out, lse,  # type: ignore[call-arg]
+    kernels.forward[((len(mask.full) - 1) * kv_heads,)](
+        q, *_descriptors([mask.tiles.key_block, 1], k, v), out, lse,  # type: ignore[call-arg]
         mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
-        rows, scale, softcap or 0.0, mask.window or 0,
+        rows, kv_heads, scale, softcap or 0.0, mask.window or 0,
         *q.stride()[:2], *out.stride()[:2],
-        **_constants(q, kv_heads, mask, softcap, mask.tiles),
+        **_constants(q, kv_heads, mask, softcap, mask.tiles, _query_heads_in_a_row(q, k)),
     )  # fmt: skip
     return out, lse
 
@@ -93,6 +96,7 @@ def _backward(
     lse: Tensor,
     dout: Tensor,
     mask: TreeMask,
+    walks: Walks,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,22 +105,41 @@ def _backward(
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    scalars = (rows, scale, softcap or 0.0, mask.window or 0)
-    tiles = _query_gradient_tiles(mask.tiles, q.dtype)
-    kernels.query_gradient[(len(mask.full) - 1, kv_heads)](
-        q, *_descriptors(tiles, k, v), out, dout, lse, delta, dq,  # type: ignore[call-arg]
+    scalars = (rows, kv_heads, scale, softcap or 0.0, mask.window or 0)
+    tiles = query_gradient_tiles(q.shape[-1], q.dtype)
+    parts = mask.tiles.tile // tiles.tile
+    kernels.query_gradient[((len(mask.full) - 1) * parts * kv_heads,)](
+        q, *_descriptors([tiles.key_block, 1], k, v), out, dout, lse, delta, dq,  # type: ignore[call-arg]
         mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
         *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
-        **_constants(q, kv_heads, mask, softcap, tiles),
+        **_constants(q, kv_heads, mask, softcap, tiles, _query_heads_in_a_row(q, k)) | {"LISTED": mask.tiles.tile},
     )  # fmt: skip
-    tiles = _key_gradient_tiles(q.shape[-1], q.dtype)
-    kernels.key_gradient[(triton.cdiv(rows, tiles.key_block), kv_heads)](
-        q, *_descriptors(tiles, k, v), dout, lse, delta, dk, dv,  # type: ignore[call-arg]
+    tiles = key_gradient_tiles(q.shape[-1], q.dtype)
+    sums = lse.new_empty(walks.parts, kv_heads, 2, tiles.key_block, _padded(q.shape[-1]))
+    # A descriptor's block has powers of two of rows and heads.
+    group = q.shape[1] // kv_heads
+    through = tiles.tile % group == 0
+    step = [tiles.tile // group, group]
+    kernels.key_gradient[(len(walks.key_block) * kv_heads,)](
+        *_descriptors(step, q, dout) if through else (q, dout),  # type: ignore[call-arg]
+        *_descriptors([tiles.key_block, 1], k, v), lse, delta, dk, dv, sums,
+        walks.key_block, walks.first_step, walks.walk_end, walks.part,
         mask.subtree_end, mask.depth,
         *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-        **_constants(q, kv_heads, mask, softcap, tiles),
+        **_constants(q, kv_heads, mask, softcap, tiles, KEY_HEADS_IN_A_ROW) | {"THROUGH": through},
     )  # fmt: skip
+    if walks.parts:
+        sizes: dict[str, Any] = {"KEY_BLOCK": tiles.key_block, "HEAD_DIM": q.shape[-1], "DIM": sums.shape[-1]}
+        kernels.add_parts[(len(walks.split_block), kv_heads)](
+            sums, dk, dv, walks.split_block, walks.first_part, rows, kv_heads, scale,
+            *dk.stride()[:2], *dv.stride()[:2], **sizes,  # type: ignore[arg-type]
+        )  # fmt: skip
     return dq, dk, dv
+
+
+def _query_heads_in_a_row(q: Tensor, k: Tensor) -> int:
+    """The key heads of so many query heads."""
+    return max(1, QUERY_HEADS_IN_A_ROW * k.shape[1] // q.shape[1])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -124,9 +147,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _descriptors(tiles: Tiles, *tensors: Tensor) -> list[Any]:
-    """What a kernel loads blocks of keys through, [key_block, 1, head_dim padded to a power of two]."""
-    block = [tiles.key_block, 1, _padded(tensors[0].shape[-1])]
+def _descriptors(block: list[int], *tensors: Tensor) -> list[Any]:
+    """What a kernel loads blocks through, of so many rows and heads and head_dim padded to a power of two."""
+    block = [*block, _padded(tensors[0].shape[-1])]
     return [TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in map(_aligned, tensors)]
 
 
@@ -144,11 +167,14 @@ def _padded(head_dim: int) -> int:
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
-def _constants(q: Tensor, kv_heads: int, mask: TreeMask, softcap: float | None, tiles: Tiles) -> dict[str, Any]:
+def _constants(
+    q: Tensor, kv_heads: int, mask: TreeMask, softcap: float | None, tiles: Tiles, in_a_row: int
+) -> dict[str, Any]:
     return {
         "GROUP": q.shape[1] // kv_heads,
         "TILE": tiles.tile,
         "KEY_BLOCK": tiles.key_block,
+        "IN_A_ROW": in_a_row,
         "HEAD_DIM": q.shape[-1],
         "DIM": _padded(q.shape[-1]),
         "SOFTCAP": softcap is not None,

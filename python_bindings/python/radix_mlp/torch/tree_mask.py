@@ -24,6 +24,10 @@ class Tiles:
     stages: int
 
 
+# Query heads to a key head: every tile has all of a row's.
+MAX_GROUP = 32
+
+
 def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """The fastest of a dozen on an H200, of those that fit in shared memory."""
     if dtype == torch.float32:
@@ -31,9 +35,24 @@ def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 64, 4, 2) if head_dim <= 128 else Tiles(128, 32, 8, 2)
 
 
+def query_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Parts of those of the forward pass, whose block lists are read: there is more to hold."""
+    forward = forward_tiles(head_dim, dtype)
+    if dtype == torch.float32:
+        return forward
+    half = Tiles(forward.tile // 2, forward.key_block, 4, 2)
+    return half if head_dim <= 128 else Tiles(forward.tile, forward.key_block, 8, 2)
+
+
+def key_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(32, 32, 4, 1)
+    return Tiles(32, 64, 4, 3) if head_dim <= 128 else Tiles(64, 64, 8, 1)
+
+
 @dataclass(frozen=True)
 class TreeMask:
-    """The mask of a depth-first fold in blocks, int32 tensors of one device.
+    """The mask of a depth-first `fold` in blocks, int32 tensors of one device.
 
     Query block b, of `tiles.tile // (heads // key heads)` rows, sees whole the blocks
     `blocks[full[b]:full[b + 1]]` of `tiles.key_block` keys, and in part
@@ -42,6 +61,7 @@ class TreeMask:
     it are not listed.
     """
 
+    fold: Fold
     tiles: Tiles
     window: int | None
     subtree_end: Tensor
@@ -56,7 +76,7 @@ def tree_mask(fold: Fold, q: Tensor, k: Tensor, window: int | None) -> TreeMask:
     tiles, group = forward_tiles(q.shape[-1], q.dtype), q.shape[1] // k.shape[1]
 
     def make() -> TreeMask:
-        return TreeMask(tiles, window, **to_device(tree_arrays(fold, tiles, group, window), q.device))
+        return TreeMask(fold, tiles, window, **to_device(tree_arrays(fold, tiles, group, window), q.device))
 
     return fold.derived(("tree", q.device, tiles, group, window), make)
 
