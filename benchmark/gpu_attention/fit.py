@@ -19,7 +19,7 @@ RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_attention.json"
 # By the name of the constant: which of the rows' times, of which ways, and the kinds of work that take time.
 MODELS = {
     "TREE": ("forward_ms", ["tree"], ["flops", "tiles"]),
-    "TREE_TRAINING": ("training_ms", ["tree"], ["flops", "tiles", "walk"]),
+    "TREE_TRAINING": ("training_ms", ["tree"], ["flops", "tiles"]),
     "FLASH": ("forward_ms", ["none", "query_folded"], ["flops", "tiles", "bytes", "gathers"]),
     "FLASH_TRAINING": ("training_ms", ["none", "query_folded"], ["flops", "tiles", "bytes", "gathers"]),
 }

@@ -42,8 +42,7 @@ from gpu_forward.record import Record  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import attention  # noqa: E402
 from radix_mlp.torch.cost import Work, flash_work, tree_work  # noqa: E402
-from radix_mlp.torch.tree_mask import forward_tiles, key_gradient_tiles, tree_arrays  # noqa: E402
-from radix_mlp.torch.walks import longest_walk  # noqa: E402
+from radix_mlp.torch.tree_mask import forward_tiles, tree_arrays  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_attention.json"
 CUDA = torch.cuda.is_available()
@@ -181,14 +180,12 @@ def new_shape_ms(method: str, batch: Batch, heads: int, kv_heads: int) -> float:
 def work(batch: Batch, heads: int, kv_heads: int) -> dict[str, Work]:
     """What the cost model counts, by way."""
     unshared, folded = fold(batch, "none"), fold(batch, "tree")
-    group = heads // kv_heads
-    tiles, key_tiles = (made(HEAD_DIM, torch.bfloat16) for made in (forward_tiles, key_gradient_tiles))
-    walk = longest_walk(folded, key_tiles, group, kv_heads)
+    tiles, group = forward_tiles(HEAD_DIM, torch.bfloat16), heads // kv_heads
     blocks = len(tree_arrays(folded, tiles, group, None)["blocks"])
     return {
         "none": flash_work(unshared, heads, kv_heads, HEAD_DIM, None),
         "query_folded": flash_work(folded, heads, kv_heads, HEAD_DIM, None),
-        "tree": tree_work(folded.num_rows, blocks, tiles, kv_heads, group, HEAD_DIM, walk),
+        "tree": tree_work(folded.num_rows, blocks, tiles, kv_heads, group, HEAD_DIM),
     }
 
 

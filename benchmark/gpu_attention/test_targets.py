@@ -9,7 +9,7 @@ from gpu_attention.targets import targets
 
 Row = dict[str, Any]
 
-IDLE = {"flops": 0, "tiles": 0, "walk": 0, "bytes": 0, "gathers": 0}
+IDLE = {"flops": 0, "tiles": 0, "bytes": 0, "gathers": 0}
 BUSY = IDLE | {"flops": 1e15}
 
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import walks  # noqa: E402
 from radix_mlp.torch.tree_mask import Tiles  # noqa: E402
-from radix_mlp.torch.walks import longest_walk, walk_arrays  # noqa: E402
+from radix_mlp.torch.walks import walk_arrays  # noqa: E402
 
 
 @st.composite
@@ -61,7 +61,9 @@ def test_parts_of_a_block_follow_each_other(fold: Fold, longest: int) -> None:
 def test_a_long_walk_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles, group, kv_heads = Tiles(64, 64, 4, 2), 2, 8
     fold = Fold.from_sequences([[0] * 64 + [sequence] * 60 for sequence in range(1, 101)], layout="depth_first")
-    assert longest_walk(fold, tiles, group, kv_heads) == walks.MIN_WALK // group
+    arrays = walk_arrays(fold, tiles, group, kv_heads)
+    walked = [end - first * 32 for first, end in zip(arrays["first_step"], arrays["walk_end"], strict=True)]
+    assert max(walked[: arrays["first_part"][1]]) == walks.MIN_WALK // group
     # Where every program's share is more, there is no need.
     monkeypatch.setattr(walks, "PROGRAMS", 1)
-    assert longest_walk(fold, tiles, group, kv_heads) == fold.num_rows
+    assert not walk_arrays(fold, tiles, group, kv_heads)["part"].any()

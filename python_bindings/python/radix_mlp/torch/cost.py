@@ -35,18 +35,18 @@ class Rates:
 
 # Measured on an H200 by benchmark/gpu_attention/measure.py, fitted by fit.py beside it; training is a forward and a
 # backward pass. No measured call of FlashAttention waited for the host.
-TREE = Rates(1.91e-4, {"flops": 2.26e-15, "tiles": 2.73e-9})
-TREE_TRAINING = Rates(1.15e-3, {"flops": 6.44e-15, "tiles": 4.12e-7, "walk": 2.14e-8})
-FLASH = Rates(0.0, {"flops": 2.67e-15, "tiles": 3.6e-8, "bytes": 1.56e-13, "gathers": 5.66e-5})
-FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.29e-7, "bytes": 3.25e-12, "gathers": 3.01e-4})
+TREE = Rates(8.37e-5, {"flops": 1.72e-15, "tiles": 5.52e-8})
+TREE_TRAINING = Rates(7.21e-4, {"flops": 8.21e-15, "tiles": 1.18e-7})
+FLASH = Rates(0.0, {"flops": 2.72e-15, "tiles": 3.49e-8, "bytes": 1.71e-13, "gathers": 4.88e-5})
+FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.27e-7, "bytes": 3.2e-12, "gathers": 2.98e-4})
 
 
 def tree_seconds(
-    rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int, walk: int | None = None
+    rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int, *, training: bool = False
 ) -> float:
-    """Of a call of tree attention that lists `blocks` pairs of blocks; with `walk` (`longest_walk`), of training."""
-    work = tree_work(rows, blocks, tiles, kv_heads, group, head_dim, walk or 0)
-    return (TREE if walk is None else TREE_TRAINING).seconds(work)
+    """Of a call of tree attention that lists `blocks` pairs of blocks."""
+    work = tree_work(rows, blocks, tiles, kv_heads, group, head_dim)
+    return (TREE_TRAINING if training else TREE).seconds(work)
 
 
 def flash_seconds(
@@ -57,12 +57,11 @@ def flash_seconds(
     return (FLASH_TRAINING if training else FLASH).seconds(work)
 
 
-def tree_work(rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int, walk: int = 0) -> Work:
-    """Flops of two products a pair of blocks, tiles of queries, and the (row, head) pairs of the longest walk."""
+def tree_work(rows: int, blocks: int, tiles: "Tiles", kv_heads: int, group: int, head_dim: int) -> Work:
+    """Flops of two products a pair of blocks, and tiles of queries."""
     return {
         "flops": 4 * head_dim * tiles.tile * tiles.key_block * blocks * kv_heads,
         "tiles": -(-rows // (tiles.tile // group)) * kv_heads,
-        "walk": walk * group,
     }
 
 

@@ -11,8 +11,7 @@ from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.softmax import runs_on
-from radix_mlp.torch.tree_mask import MAX_GROUP, key_gradient_tiles, tree_mask
-from radix_mlp.torch.walks import longest_walk
+from radix_mlp.torch.tree_mask import MAX_GROUP, tree_mask
 
 Backend = Literal["tree", "query_folded", "sequential"]
 
@@ -101,9 +100,8 @@ def pick_backend(
             from radix_mlp.torch.tree import compile_kernels
 
             compile_kernels(q.device, q.dtype, heads, kv_heads, head_dim, window is not None)
-        mask, group = tree_mask(fold, q, k, window), heads // kv_heads
-        walk = longest_walk(fold, key_gradient_tiles(head_dim, q.dtype), group, kv_heads) if training else None
-        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, kv_heads, group, head_dim, walk)
+        mask, sizes = tree_mask(fold, q, k, window), (kv_heads, heads // kv_heads, head_dim)
+        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, *sizes, training=training)
         flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window, training=training)
         return "tree" if tree_time <= flash_time else "query_folded"
 

@@ -76,10 +76,3 @@ def walk_arrays(fold: Fold, tiles: Tiles, group: int, kv_heads: int, longest: in
         "split_block": np.flatnonzero(counts > 1),
         "first_part": np.append(0, np.cumsum(counts[counts > 1])),
     }
-
-
-def longest_walk(fold: Fold, tiles: Tiles, group: int, kv_heads: int) -> int:
-    """In rows."""
-    arrays = walk_arrays(fold, tiles, group, kv_heads)
-    starts = arrays["key_block"] * tiles.key_block + arrays["first_step"] * (tiles.tile // group)
-    return int((arrays["walk_end"] - starts).max())
