@@ -1,6 +1,7 @@
-"""One of several processes that train a folded model. Arguments: a kind, rank, ranks, a file they share.
+"""One of several processes that train a folded model. Arguments: a kind, logits, rank, ranks, a file they share.
 
-Kinds are "ddp", "fsdp", and "fsdp_head", which shards the head by itself.
+Kinds are "ddp", "fsdp", and "fsdp_head", which shards the head by itself. Logits are made "once", or "again" in the
+backward pass, as those of a large head are.
 """
 
 import faulthandler
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from radix_mlp.torch import BalancedBatchSampler
+from radix_mlp.torch import BalancedBatchSampler, logits
 from radix_mlp.transformers import fold
 
 # Groups of three completions, of different lengths, so that ranks have different numbers of tokens.
@@ -68,14 +69,16 @@ def whole(gradient: Tensor | None) -> Tensor:
 
 
 def main() -> None:
-    kind, rank, ranks, shared = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    kind, made, rank, ranks, shared = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    if made == "again":
+        logits.LARGE_SUMS = 0
     distributed.init_process_group("gloo", init_method=f"file://{shared}", rank=rank, world_size=ranks)
     plain = make().train()
     everything = padded(list(range(len(SEQUENCES))))
     labels = everything.pop("labels")[:, 1:]
     # In float64, where transformers' own loss is float32.
-    logits = plain(**everything).logits[:, :-1]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    every = plain(**everything).logits[:, :-1]
+    loss = nn.functional.cross_entropy(every.flatten(0, 1), labels.flatten())
     torch.autograd.backward(loss)
 
     model = fold(make().train())

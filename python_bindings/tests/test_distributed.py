@@ -12,14 +12,15 @@ RANKS = 2
 SECONDS = 300
 
 
+@pytest.mark.parametrize("made", ["once", "again"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_head"])
-def test_two_processes_have_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
+def test_two_processes_have_the_gradients_of_one(kind: str, made: str, tmp_path: Path) -> None:
     worker = Path(__file__).with_name("distributed_worker.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     logs = [tmp_path / f"rank{rank}.log" for rank in range(RANKS)]
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, str(worker), kind, str(rank), str(RANKS)]
+        command = [sys.executable, str(worker), kind, made, str(rank), str(RANKS)]
         with log.open("w") as file:
             arguments = [*command, str(tmp_path / "store")]
             processes.append(subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment))

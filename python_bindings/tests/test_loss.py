@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_mlp import Fold
 from radix_mlp.torch import Head, cross_entropy, log_probs, next_token_labels
+from radix_mlp.torch.logits import has_large_sums
+from radix_mlp.torch.softmax import softmax_
 
 # Branches, a repeat, a prefix of another, an empty sequence: nodes with several labels and with none.
 SEQUENCES = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4], [1, 2], [], [6], [1, 2, 5, 7, 8]]
@@ -91,6 +93,7 @@ options = st.fixed_dictionaries(
     st.sampled_from([torch.float64, torch.float32]),
     st.sets(st.integers(0, 20)),
     st.sampled_from([1, 2, 1 << 28]),
+    st.booleans(),
     options,
 )
 def test_loss_and_gradients_equal_those_of_every_copy(
@@ -100,6 +103,7 @@ def test_loss_and_gradients_equal_those_of_every_copy(
     dtype: torch.dtype,
     ignored: set[int],
     rows: int,
+    again: bool,
     chosen: Options,
 ) -> None:
     fold, labels = packed(sequences, layout)
@@ -111,7 +115,9 @@ def test_loss_and_gradients_equal_those_of_every_copy(
         if name in chosen:
             chosen = {**chosen, name: torch.arange(size, dtype=dtype) - 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("radix_mlp.torch.loss.MAX_LOGITS", rows * VOCABULARY)
+        patch.setattr("radix_mlp.torch.labels.MAX_LOGITS", rows * VOCABULARY)
+        if again:
+            make_logits_again(patch)
         found = cross_entropy(hidden, head, fold, labels, **chosen)
         gradients = torch.autograd.grad(3 * found, leaves)
     expected = oracle(hidden, head, fold, labels, chosen)
@@ -121,10 +127,16 @@ def test_loss_and_gradients_equal_those_of_every_copy(
         assert_close(mine, torch.zeros_like(leaf) if theirs is None else theirs)
 
 
+def make_logits_again(patch: pytest.MonkeyPatch) -> None:
+    """Have cross_entropy take every head for a large one."""
+    patch.setattr("radix_mlp.torch.logits.LARGE_SUMS", 0)
+    patch.setattr("radix_mlp.torch.logits.FEW_ROWS", 1 << 28)
+
+
 @pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "logits"])
-@pytest.mark.parametrize("chunk", [1, 1 << 28])
+@pytest.mark.parametrize("chunk", [1, 20, 1 << 28])
 def test_log_probs_equal_those_of_every_copy(monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int) -> None:
-    monkeypatch.setattr("radix_mlp.torch.loss.MAX_LOGITS", chunk)
+    monkeypatch.setattr("radix_mlp.torch.labels.MAX_LOGITS", chunk)
     fold, labels = packed(SEQUENCES, "depth_first")
     hidden, head, leaves = draw(fold, torch.float64, kind)
     found = log_probs(hidden, head, fold, labels)
@@ -165,7 +177,7 @@ def test_logits_exist_for_one_chunk_at_a_time(
     monkeypatch: pytest.MonkeyPatch, function: Any, limits: dict[str, float]
 ) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(f"radix_mlp.torch.loss.{name}", value)
+        monkeypatch.setattr(f"radix_mlp.torch.labels.{name}", value)
     fold, labels = packed(SEQUENCES, "depth_first")
     hidden, head, leaves = draw(fold, torch.float32, "plain")
     seen: list[tuple[int, StorageWeakRef]] = []
@@ -181,6 +193,50 @@ def test_logits_exist_for_one_chunk_at_a_time(
     # Rows that are followed by nothing have no logits.
     assert [rows for rows, _ in seen] == [2, 2, 1]
     torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+@pytest.mark.parametrize(
+    ("limits", "widths"),
+    [
+        ({"MAX_LOGITS": 20}, [4, 4, 3]),
+        ({"MAX_LOGITS": 25, "TILE": 2}, [4, 4, 3]),
+        ({"MIN_ROWS": 1, "MAX_SHARE": 0.4}, [4, 4, 3]),
+        ({}, [VOCABULARY]),
+    ],
+)
+def test_logits_are_made_again_some_columns_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, function: Any, limits: dict[str, float], widths: list[int]
+) -> None:
+    for name, value in limits.items():
+        monkeypatch.setattr(f"radix_mlp.torch.labels.{name}", value)
+    make_logits_again(monkeypatch)
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, leaves = draw(fold, torch.float32, "plain")
+    loss = function(hidden, head, fold, labels).sum()
+    seen: list[tuple[torch.Size, StorageWeakRef]] = []
+
+    def spy(logits: Tensor, *args: Tensor) -> None:
+        assert all(earlier.expired() for _, earlier in seen)  # type: ignore[no-untyped-call]
+        seen.append((logits.shape, StorageWeakRef(logits.untyped_storage())))  # type: ignore[no-untyped-call]
+        softmax_(logits, *args)
+
+    monkeypatch.setattr("radix_mlp.torch.logits.softmax_", spy)
+    once, twice = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert [tuple(shape) for shape, _ in seen] == [(5, width) for width in widths] * 2
+    for mine, theirs in zip(once, twice, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_only_large_heads_of_few_rows_make_logits_again() -> None:
+    rows, large, small = (
+        8 * 2560,
+        Head(torch.empty(151_936, 2560, device="meta")),
+        Head(torch.empty(151_936, 1024, device="meta")),
+    )
+    assert has_large_sums(large, rows - 1)
+    assert not has_large_sums(large, rows)
+    assert not has_large_sums(small, 100)
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -277,9 +333,14 @@ def test_labels_are_integers(function: Any, labels: Tensor) -> None:
         function(torch.zeros(fold.num_rows, HIDDEN), torch.zeros(VOCABULARY, HIDDEN), fold, labels)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("function", [cross_entropy, log_probs])
-def test_backward_has_the_logits_of_an_autocast_forward(function: Any) -> None:
+def test_backward_has_the_logits_of_an_autocast_forward(
+    monkeypatch: pytest.MonkeyPatch, function: Any, again: bool
+) -> None:
     """The backward pass runs outside autocast, as torch advises: logits that it makes again are bfloat16 still."""
+    if again:
+        make_logits_again(monkeypatch)
     fold, labels = packed([[1, 2, 3, 4, 5, 6, 7, 8]], "depth_first")
     hidden, head, leaves = draw(fold, torch.float32, "plain")
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,7 +2,8 @@
 
 from radix_mlp.torch.dispatch import attention, pick_backend
 from radix_mlp.torch.fold import FoldTensors, compute_fold_and_scatter_torch, fold_tensors
-from radix_mlp.torch.loss import Head, cross_entropy, log_probs, next_token_labels
+from radix_mlp.torch.logits import Head
+from radix_mlp.torch.loss import cross_entropy, log_probs, next_token_labels
 from radix_mlp.torch.sampler import BalancedBatchSampler, PrefixBatchSampler, restore_order
 
 __all__ = [

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from radix_mlp.torch.eager import eager
-from radix_mlp.torch.loss import Head, Reduction, cross_entropy
+from radix_mlp.torch.logits import Head
+from radix_mlp.torch.loss import Reduction, cross_entropy
 from radix_mlp.transformers.batch import Batch, packed_values
 
 

@@ -1,0 +1,205 @@
+"""Logits, and what their gradients become: those of hidden states and of the head."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from radix_mlp.fold import Fold
+from radix_mlp.torch.labels import Columns, Pairs
+from radix_mlp.torch.softmax import reads_logits, softmax_
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Bytes of float32 sums of a head's gradient, and rows for each element of a hidden state: what is more than the first
+# is most of a step's memory where rows are fewer than the second, and there logits are made twice to do without it.
+LARGE_SUMS, FEW_ROWS = 1 << 30, 8
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: `weight` [vocabulary, hidden], and `bias` [vocabulary] or None.
+
+    Logits are multiplied by `scale` (Cohere, Granite), then capped as `softcap * tanh(logits / softcap)` (Gemma 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def part(self, span: slice) -> "Head":
+        """That of some of the vocabulary."""
+        return replace(self, weight=self.weight[span], bias=None if self.bias is None else self.bias[span])
+
+
+def check(hidden: Tensor, head: Head | None, fold: Fold) -> None:
+    """Raises ValueError for tensors that do not go together."""
+    if hidden.ndim != 2 or len(hidden) != fold.num_rows:
+        raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
+    if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
+        raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
+    for name, parameter in () if head is None else (("weight", head.weight), ("bias", head.bias)):
+        if parameter is not None and parameter.device != hidden.device:
+            raise ValueError(f"the head's {name} is on {parameter.device}, but hidden is on {hidden.device}")
+
+
+def vocabulary(hidden: Tensor, head: Head | None) -> int:
+    return hidden.shape[-1] if head is None else len(head.weight)
+
+
+def precision(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def logits_of(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]:
+    """Logits of `hidden`, and their slope by what the head multiplied, None where it is 1.
+
+    They are the caller's to write on: in float32 or float64, or in the dtype of `hidden` where kernels read that.
+    """
+    product = hidden if head is None else hidden @ head.weight.t()
+    if head is not None and head.bias is not None:
+        product += head.bias
+    plain = head is None or (head.scale == 1.0 and head.softcap is None)
+    if plain and reads_logits(product):
+        return product, None
+    logits = product.to(precision(hidden))
+    if head is None:
+        return logits, None
+    if head.scale != 1.0:
+        logits = logits * head.scale
+    if head.softcap is None:
+        return logits, None if head.scale == 1.0 else torch.full(
+            (), head.scale, dtype=logits.dtype, device=logits.device
+        )
+    tanh = torch.tanh(logits / head.softcap)
+    return tanh * head.softcap, (1 - tanh * tanh) * head.scale
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The loss's by the logits: softmax(logits) * factor - shift, both [rows], and `added` to each label's.
+
+    Labels of one row that are equal have the same `added`, the sum of theirs.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    added: Tensor
+
+
+def softmax_gradient(logits: Tensor, lse: Tensor, slopes: Slopes, place: Tensor, label: Tensor) -> Tensor:
+    """The gradient of `logits` [rows, vocabulary], in their place.
+
+    `lse` is [rows]; `place` and `label` tell row and column of each label. Theirs are computed in float32, of whatever
+    dtype the logits are: what is left of a likely label's gradient is small.
+    """
+    own, shift = slopes.factor[place], slopes.shift[place]
+    at_labels = (logits[place, label] - lse[place]).exp_() * own - shift + slopes.added
+    softmax_(logits, lse, slopes.factor, slopes.shift)
+    logits[place, label] = at_labels.to(logits.dtype)
+    return logits
+
+
+class Sums:
+    """Gradients that those of chunks of logits add to."""
+
+    def __init__(self, hidden: Tensor, head: Head | None, wanted: tuple[bool, ...]) -> None:
+        """`wanted` tells for hidden, weight and bias whether anybody wants to know."""
+        self.head = head
+        parameters = (None, None) if head is None else (head.weight, head.bias)
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        # Sums over all rows: those of bfloat16 would lose the last of them.
+        self.weight, self.bias = (
+            torch.zeros_like(x, dtype=precision(hidden)) if x is not None and own else None
+            for x, own in zip(parameters, wanted[1:], strict=True)
+        )
+
+    def add(self, rows: Tensor, states: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
+        """`gradient` [chunk, vocabulary] of the logits of `states` [chunk, hidden], which are `rows` of all."""
+        if slope is not None:
+            gradient = gradient * slope
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        gradient = gradient.to(states.dtype)
+        if self.hidden is not None:
+            own = gradient if self.head is None else gradient @ self.head.weight
+            self.hidden[rows] = own.to(self.hidden.dtype)
+        if self.weight is not None:
+            _add_product(self.weight, gradient.t(), states)
+
+    def all(self) -> Gradients:
+        """For hidden, weight and bias."""
+        return self.hidden, self.weight, self.bias
+
+
+def has_large_sums(head: Head, rows: int) -> bool:
+    """Whether `Sums` would be most of what a step takes."""
+    vocabulary, width = head.weight.shape
+    return vocabulary * width * 4 >= LARGE_SUMS and rows < FEW_ROWS * width
+
+
+def gradients_by_columns(
+    hidden: Tensor, head: Head | None, pairs: Pairs, lse: Tensor, slopes: Slopes, wanted: tuple[bool, ...]
+) -> Gradients:
+    """Those for hidden, weight and bias, as `wanted`, in their dtypes: some of the vocabulary at a time.
+
+    `lse` [rows that predict something] is that of all their logits, which are made again. No sum of the head's size is
+    held: each row of its gradient is one product's.
+    """
+    states = hidden[pairs.rows]
+    parameters = (None, None) if head is None else (head.weight, head.bias)
+    for_states = torch.zeros_like(states, dtype=precision(hidden)) if wanted[0] else None
+    for_weight, for_bias = (
+        torch.empty_like(x) if x is not None and own else None for x, own in zip(parameters, wanted[1:], strict=True)
+    )
+    for columns in pairs.columns(vocabulary(hidden, head)):
+        _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias))
+    if for_states is None:
+        return None, for_weight, for_bias
+    return torch.zeros_like(hidden).index_copy_(0, pairs.rows, for_states.to(hidden.dtype)), for_weight, for_bias
+
+
+def _add_columns(
+    states: Tensor, head: Head | None, columns: Columns, lse: Tensor, slopes: Slopes, gradients: Gradients
+) -> None:
+    """Adds what some of the vocabulary sends back; a function, at whose end its logits are freed."""
+    for_states, for_weight, for_bias = gradients
+    span = columns.span
+    part = None if head is None else head.part(span)
+    logits, slope = logits_of(states[:, span].clone() if head is None else states, part)
+    own = replace(slopes, added=slopes.added[columns.own])
+    gradient = softmax_gradient(logits, lse, own, columns.places, columns.labels)
+    if slope is not None:
+        gradient = gradient * slope
+    if for_bias is not None:
+        for_bias[span] = gradient.sum(0, dtype=lse.dtype).to(for_bias.dtype)
+    gradient = gradient.to(states.dtype)
+    if for_states is not None and part is None:
+        for_states[:, span] = gradient.to(for_states.dtype)
+    elif for_states is not None and part is not None:
+        _add_product(for_states, gradient, part.weight)
+    if for_weight is not None:
+        for_weight[span] = (gradient.t() @ states).to(for_weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to `total`, without a product of its size in memory where torch can do so."""
+    if total.dtype == b.dtype and not torch.is_autocast_enabled(b.device.type):
+        total.addmm_(a, b)
+    elif b.dtype in (torch.float16, torch.bfloat16) and _adds_to_float32(b.device, b.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` are added to float32 there: from torch 2.8 on, on CUDA."""
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    total = ones.float()
+    try:
+        torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)
+    except (TypeError, RuntimeError):
+        return False
+    return bool((total == 9).all())
