@@ -65,15 +65,20 @@ class Batch:
         level: Level = "full",
         device: str | torch.device = "cpu",
         first_position: int = 0,
+        labels: Tensor | None = None,
     ) -> "Batch":
-        """Fold `sequences` of token ids, whose positions count from `first_position`. Labels are the next tokens."""
+        """Fold `sequences` of token ids, whose positions count from `first_position`.
+
+        `labels` [N] are those of the data, with -100 where none counts; the next tokens where they are not given.
+        """
         arrays = [np.asarray(ids, np.int64) for ids in sequences]
         bounds = np.cumsum([0, *map(len, arrays)])
         ids = np.concatenate([np.empty(0, np.int64), *arrays])
         positions = np.arange(len(ids)) - np.repeat(bounds[:-1], np.diff(bounds)) + first_position
         fold = _unshared(ids, positions, bounds) if level == "none" else Fold(ids, positions, bounds, layout=LAYOUT)
         own = fold.tensors(device)
-        labels = next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds))
+        if labels is None:
+            labels = next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds))
         return cls(level, fold, own.input_ids, own.position_ids, labels, own.scatter_indices, own.fold_gather)
 
     @cached_property

@@ -102,7 +102,7 @@ def timed_step(step: Step, model: nn.Module) -> float:
 def fits(own: Qwen3, groups: Groups) -> bool:
     """Whether an unfolded step does."""
     try:
-        backward(partial(own_step, own, groups, "none", 0), own)
+        backward(partial(own_step, own, groups, "none", completions_only=False), own)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -163,7 +163,7 @@ def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
         prompt, completion = draw.randrange(512, 1536), draw.randrange(128, 640)
         groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed, smoke=smoke)
 
-        milliseconds.append(timed_step(partial(own_step, own, groups, "full", 0), own))
+        milliseconds.append(timed_step(partial(own_step, own, groups, "full", completions_only=False), own))
     own.zero_grad(set_to_none=True)
     first, later = milliseconds[0], milliseconds[1:]
     slowest, median = max(later), statistics.median(milliseconds)

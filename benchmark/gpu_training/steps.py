@@ -1,7 +1,7 @@
 """The ways to make one training step of which the benchmark compares the costs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,13 @@ class Groups:
     def arrays(self) -> list[NDArray[np.int64]]:
         """The sequences as data loaders hold them."""
         return [np.asarray(ids) for ids in self.sequences]
+
+    @cached_property
+    def labels(self) -> dict[bool, Tensor]:
+        """As data loaders make them, by whether they are of completions only: the next token of each, [N]."""
+        own = Folded.from_sequences(self.arrays, "none").labels
+        positions = torch.cat([torch.arange(len(ids)) for ids in self.sequences])
+        return {False: own, True: own.masked_fill(positions < self.prompt - 1, IGNORED)}
 
 
 def own_model(shape: str) -> Qwen3:
@@ -80,31 +87,26 @@ def steps(own: Qwen3, theirs: Any, groups: Groups, *, completions_only: bool) ->
     """Each computes the mean loss; backward is the caller's."""
     skipped = groups.prompt if completions_only else 0
     made: dict[str, Step] = {
-        "none": lambda: own_step(own, groups, "none", skipped),
-        "mlp": lambda: own_step(own, groups, "mlp", skipped),
-        "full": lambda: own_step(own, groups, "full", skipped),
+        "none": lambda: own_step(own, groups, "none", completions_only=completions_only),
+        "mlp": lambda: own_step(own, groups, "mlp", completions_only=completions_only),
+        "full": lambda: own_step(own, groups, "full", completions_only=completions_only),
         "transformers folded": folded_step(theirs, groups, skipped),
-        "transformers padded": padded_step(theirs, groups, skipped),
+        "transformers padded": padded_step(theirs, groups, completions_only=completions_only),
     }
     if DEVICE.type == "cuda":
-        made["transformers padding-free"] = padding_free_step(theirs, groups, skipped)
+        made["transformers padding-free"] = padding_free_step(theirs, groups, completions_only=completions_only)
     if completions_only and (grouper := prefix_grouper_step(theirs, groups)):
         made["PrefixGrouper"] = grouper
     return made
 
 
-def own_step(own: Qwen3, groups: Groups, level: Level, skipped: int) -> Tensor:
+def own_step(own: Qwen3, groups: Groups, level: Level, *, completions_only: bool) -> Tensor:
     own.backend = "query_folded" if level != "full" and DEVICE.type == "cuda" else None
-    return own.loss(folded(groups, level, skipped))
+    return own.loss(folded(groups, level, completions_only=completions_only))
 
 
-def folded(groups: Groups, level: Level, skipped: int) -> Folded:
-    """The batch without the labels of its first `skipped` tokens."""
-    batch = Folded.from_sequences(groups.arrays, level, DEVICE)
-    if not skipped:
-        return batch
-    prompts = batch.fold.unfold(batch.fold.position_ids) < skipped - 1
-    return replace(batch, labels=batch.labels.masked_fill(torch.from_numpy(prompts), IGNORED))
+def folded(groups: Groups, level: Level, *, completions_only: bool) -> Folded:
+    return Folded.from_sequences(groups.arrays, level, DEVICE, labels=groups.labels[completions_only])
 
 
 def folded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
@@ -120,10 +122,10 @@ def folded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
     return step
 
 
-def padded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
+def padded_step(theirs: Any, groups: Groups, *, completions_only: bool) -> Step:
     """sdpa on the padded batch. Its logits would not fit: the loss is ours, chunk by chunk, here and below."""
     ids, mask = (x.to(DEVICE) for x in padded(groups.sequences))
-    plain = folded(groups, "none", skipped)
+    plain = folded(groups, "none", completions_only=completions_only)
     tokens = mask.flatten().nonzero()[:, 0]
 
     def step() -> Tensor:
@@ -133,9 +135,9 @@ def padded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
     return step
 
 
-def padding_free_step(theirs: Any, groups: Groups, skipped: int) -> Step:
+def padding_free_step(theirs: Any, groups: Groups, *, completions_only: bool) -> Step:
     """All tokens in one row, told apart by their positions: FlexAttention, as flash-attn is no wheel of PyPI."""
-    plain = folded(groups, "none", skipped)
+    plain = folded(groups, "none", completions_only=completions_only)
     model: Any = twin(theirs)
     model.set_attn_implementation("flex_attention")
     ids, positions = plain.input_ids[None].long(), plain.position_ids[None].long()
