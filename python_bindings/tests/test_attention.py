@@ -119,6 +119,13 @@ def test_parts_of_long_walks_are_added(options: Options, monkeypatch: pytest.Mon
     compare(fold, tensors(fold, 4, 2, 16), FLOAT32, options, "tree")
 
 
+def test_more_key_heads_than_start_together() -> None:
+    """The last of them are fewer than the others."""
+    pytest.importorskip("triton")
+    fold = Fold.from_sequences([[1] * 40 + [2, 3], [1] * 40 + [4]], layout="depth_first")
+    compare(fold, tensors(fold, 20, 20, 8), FLOAT32, {}, "tree")
+
+
 @pytest.mark.parametrize("options", LONG_OPTIONS)
 @pytest.mark.parametrize("backend", ["tree", "sequential"])
 def test_long_tries(options: Options, backend: str) -> None:
