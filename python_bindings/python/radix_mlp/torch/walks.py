@@ -62,7 +62,7 @@ def walk_arrays(fold: Fold, tiles: Tiles, group: int, kv_heads: int, longest: in
     rows = np.maximum.reduceat(fold.subtree_end.astype(np.int64), starts) - starts
     step = tiles.tile // group
     if longest is None:
-        longest = max(MIN_WALK // group, int(rows.sum()) * kv_heads // PROGRAMS)
+        longest = max(step, MIN_WALK // group, int(rows.sum()) * kv_heads // PROGRAMS)
     longest = -(-longest // step) * step
     counts = -(-rows // longest)
     key_block = np.repeat(np.arange(len(starts)), counts)
