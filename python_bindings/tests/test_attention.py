@@ -135,6 +135,15 @@ def test_long_tries(options: Options, backend: str) -> None:
     compare(fold, tensors(fold, 4, 2, 16), FLOAT32, options, backend)
 
 
+# float16 keeps 11 bits: a rounding of the weights and of the output, 2**-11 each, and in gradients once more.
+@pytest.mark.parametrize("shape", [(4, 2, 16), (3, 1, 24)])
+def test_tiles_of_half_precision(shape: tuple[int, int, int]) -> None:
+    """They are larger than those of float32, and the query gradient's are parts of the forward pass's."""
+    pytest.importorskip("triton")
+    fold = three_levels("depth_first")
+    compare(fold, tensors(fold, *shape, torch.float16), 3e-3, {}, "tree")
+
+
 # bfloat16 keeps 8 bits: a rounding of the weights and of the output, 2**-8 each, and in gradients once more.
 @needs_cuda
 @pytest.mark.parametrize("backend", ["tree", "query_folded", None])
