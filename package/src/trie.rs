@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 
 use crate::hash::MultiplyAddShift;
@@ -87,13 +88,38 @@ impl Run {
     }
 }
 
+/// A child of a wide run: `Run::wide` of that run, and the halves of its own `Run::key`. Of 32-bit words, so that an entry
+/// of the table has 16 bytes and lies in one cache line.
+#[derive(PartialEq, Eq)]
+struct Child {
+    wide: u32,
+    key: [u32; 2],
+}
+
+impl Child {
+    fn new(wide: u32, key: u64) -> Self {
+        Self {
+            wide,
+            key: [(key >> 32) as u32, key as u32],
+        }
+    }
+}
+
+impl Hash for Child {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let [high, low] = self.key.map(u64::from);
+        state.write_u32(self.wide);
+        state.write_u64(high << 32 | low);
+    }
+}
+
 /// The trie, and what falls out of building it.
 pub(crate) struct Trie {
     pub(crate) runs: Vec<Run>,
     /// One root for each distinct salt, in order of appearance.
     roots: Vec<u32>,
-    /// Children of wide runs by (`Run::wide`, `Run::key`).
-    wide: HashMap<(u32, u64), u32, MultiplyAddShift>,
+    /// Children of wide runs.
+    wide: HashMap<Child, u32, MultiplyAddShift>,
     num_wide: u32,
     /// Number of unique tokens, N'.
     pub(crate) num_nodes: u32,
@@ -172,7 +198,7 @@ impl Trie {
             let mut children = self.children(run);
             return children.find(|&child| self.runs[child as usize].key == key);
         }
-        match self.wide.entry((run.wide, key)) {
+        match self.wide.entry(Child::new(run.wide, key)) {
             Entry::Occupied(child) => Some(*child.get()),
             Entry::Vacant(place) => {
                 place.insert(self.runs.len() as u32);
@@ -225,7 +251,7 @@ impl Trie {
         let mut child = self.runs[parent as usize].first_child;
         while child != NONE {
             let run = &self.runs[child as usize];
-            self.wide.insert((wide, run.key), child);
+            self.wide.insert(Child::new(wide, run.key), child);
             child = run.next_sibling;
         }
     }
