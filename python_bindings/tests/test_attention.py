@@ -260,7 +260,9 @@ def test_more_heads_than_a_tile_has_are_refused() -> None:
     pytest.importorskip("triton")
     fold = Fold.from_sequences([[1, 2]], layout="depth_first")
     q, k, v = tensors(fold, 71, 1, 16)
-    with pytest.raises(ValueError, match=r"'tree' takes up to 32 query heads for each key head, got 71 for 1"):
+    with pytest.raises(
+        ValueError, match=r"'tree' takes up to 64 query heads for each key head of torch.float32, got 71"
+    ):
         attention(q, k, v, fold, backend="tree")
     compare(fold, [q, k, v], FLOAT32, {}, None)
 

@@ -11,7 +11,7 @@ from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.softmax import runs_on
-from radix_mlp.torch.tree_mask import MAX_GROUP, tree_mask
+from radix_mlp.torch.tree_mask import forward_tiles, tree_mask
 
 Backend = Literal["tree", "query_folded", "sequential"]
 
@@ -44,7 +44,7 @@ def attention(
     Backends:
 
     - "tree": a block-sparse Triton kernel over a depth-first fold. CUDA, float16, bfloat16 or
-      float32, head_dim up to 256, up to 32 heads for each key head. Gathers nothing.
+      float32, head_dim up to 256, up to 128 heads for each key head, 64 in float32. Gathers nothing.
     - "query_folded": FlashAttention's varlen kernel, new rows against whole paths. CUDA, float16 or
       bfloat16, head_dim a multiple of 8 up to 256, no softcap. Gathers keys and values.
     - "sequential": scaled_dot_product_attention, one sequence after the other, in bounded memory.
@@ -140,8 +140,9 @@ def _unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, 
             return f"needs a fold in depth_first layout, got {fold.layout}"
         if q.dtype not in (*HALF, torch.float32):
             return f"takes float16, bfloat16 and float32, got {q.dtype}"
-        if q.shape[1] > MAX_GROUP * k.shape[1]:
-            return f"takes up to {MAX_GROUP} query heads for each key head, got {q.shape[1]} for {k.shape[1]}"
+        most = forward_tiles(head_dim, q.dtype).tile
+        if q.shape[1] > most * k.shape[1]:
+            return f"takes up to {most} query heads for each key head of {q.dtype}, got {q.shape[1]} for {k.shape[1]}"
         if q.device.type != "cuda" and q.dtype == torch.bfloat16:
             return "takes float16 and float32 where Triton interprets it, got torch.bfloat16"
         return None

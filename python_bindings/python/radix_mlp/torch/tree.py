@@ -38,7 +38,7 @@ def compile_kernels(
     A step that is the first to take this backend would otherwise wait for seconds.
     """
     group = heads // kv_heads
-    tiles = key_gradient_tiles(head_dim, dtype)
+    tiles = key_gradient_tiles(head_dim, dtype, group)
     # Two steps of a walk, a walk each.
     step = tiles.tile // group
     fold = Fold.from_sequences([[0] * (2 * step)], layout="depth_first")
@@ -65,7 +65,8 @@ class _TreeAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         mask, scale, softcap = ctx.options
         (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
-        walks = key_walks(mask.fold, key_gradient_tiles(head_dim, q.dtype), heads // kv_heads, kv_heads, q.device)
+        group = heads // kv_heads
+        walks = key_walks(mask.fold, key_gradient_tiles(head_dim, q.dtype, group), group, kv_heads, q.device)
         dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), mask, walks, scale, softcap)
         return dq, dk, dv, None, None, None
 
@@ -114,10 +115,10 @@ def _backward(
         *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
         **_constants(q, kv_heads, mask, softcap, tiles, _query_heads_in_a_row(q, k)) | {"LISTED": mask.tiles.tile},
     )  # fmt: skip
-    tiles = key_gradient_tiles(q.shape[-1], q.dtype)
+    group = q.shape[1] // kv_heads
+    tiles = key_gradient_tiles(q.shape[-1], q.dtype, group)
     sums = lse.new_empty(walks.parts, kv_heads, 2, tiles.key_block, _padded(q.shape[-1]))
     # A descriptor's block has powers of two of rows and heads.
-    group = q.shape[1] // kv_heads
     through = tiles.tile % group == 0
     step = [tiles.tile // group, group]
     kernels.key_gradient[(len(walks.key_block) * kv_heads,)](

@@ -24,10 +24,6 @@ class Tiles:
     stages: int
 
 
-# Query heads to a key head: every tile has all of a row's.
-MAX_GROUP = 32
-
-
 def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """The fastest of a dozen on an H200, of those that fit in shared memory."""
     if dtype == torch.float32:
@@ -44,10 +40,13 @@ def query_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return half if head_dim <= 128 else Tiles(forward.tile, forward.key_block, 8, 2)
 
 
-def key_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+def key_gradient_tiles(head_dim: int, dtype: torch.dtype, group: int) -> Tiles:
+    """Of steps of all `group` heads of each row."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(32, 64, 4, 3) if head_dim <= 128 else Tiles(64, 64, 8, 1)
+        tiles = Tiles(32, 32, 4, 1)
+    else:
+        tiles = Tiles(32, 64, 4, 3) if head_dim <= 128 else Tiles(64, 64, 8, 1)
+    return tiles if group <= tiles.tile else Tiles(1 << (group - 1).bit_length(), tiles.key_block, 8, 1)
 
 
 @dataclass(frozen=True)
