@@ -7,7 +7,7 @@ With z the logits of node j, lse their logsumexp and w the weights of the tokens
     d loss_j / dz = (sum_i w_i) softmax(z) - sum_i w_i onehot(label_i):
 
 one row of logits and one of gradients for each node, exactly what the copies would have added up to. Logits exist for
-one chunk of rows at a time.
+some rows at a time, or for some of the vocabulary.
 """
 
 from contextlib import AbstractContextManager
