@@ -1,5 +1,7 @@
 """Attention over a fold against attention of every copy, by definition, in float64."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -272,6 +274,23 @@ def test_mixed_dtypes_are_refused() -> None:
     q = torch.zeros(2, 1, 8)
     with pytest.raises(ValueError, match=r"v is torch.float16 on cpu, but q is torch.float32"):
         attention(q, q, q.half(), fold)
+
+
+@pytest.mark.parametrize("backend", ["tree", "sequential"])
+def test_a_fold_goes_with_its_last_reference(backend: Any) -> None:
+    """What attention keeps with a fold must not keep the fold: masks are device memory, which no collector looks at."""
+    if backend == "tree":
+        pytest.importorskip("triton")
+    fold = Fold.from_sequences([[1, 2], [1, 3]], layout="depth_first")
+    q, k, v = tensors(fold, 2, 1, 16)
+    compare(fold, [q, k, v], FLOAT32, {}, backend)
+    alive = weakref.ref(fold)
+    gc.disable()
+    try:
+        del fold
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 class Spy:

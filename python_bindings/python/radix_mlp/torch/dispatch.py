@@ -12,6 +12,7 @@ from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.softmax import runs_on
 from radix_mlp.torch.tree_mask import forward_tiles, tree_mask
+from radix_mlp.torch.walks import key_walks
 
 Backend = Literal["tree", "query_folded", "sequential"]
 
@@ -68,7 +69,8 @@ def attention(
     if backend == "tree":
         from radix_mlp.torch.tree import tree_attention
 
-        return tree_attention(q, k, v, tree_mask(fold, q, k, window), scale, softcap)
+        walks = key_walks(fold, q, k) if _has_gradients(q, k, v) else None
+        return tree_attention(q, k, v, tree_mask(fold, q, k, window), scale, softcap, walks)
     if backend == "query_folded":
         call = fold.derived(("varlen", q.device), lambda: varlen(fold, q.device))
         return flash_attention(q, k, v, call, scale, window)
@@ -88,7 +90,7 @@ def pick_backend(
     if q.device.type != "cuda":
         return "sequential"
     (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    training = _has_gradients(q, k, v)
     key = ("backend", q.device, q.dtype, heads, kv_heads, head_dim, v.shape[-1], softcap is None, window, training)
 
     def pick() -> Backend:
@@ -107,6 +109,10 @@ def pick_backend(
 
     # Every layer asks again.
     return fold.derived(key, pick)
+
+
+def _has_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, window: int | None) -> None:

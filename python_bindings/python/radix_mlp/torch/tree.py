@@ -19,14 +19,20 @@ QUERY_HEADS_IN_A_ROW, KEY_HEADS_IN_A_ROW = 16, 8
 
 
 def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    scale: float,
+    softcap: float | None = None,
+    walks: Walks | None = None,
 ) -> Tensor:
     """Attention of `q` [rows, heads, head_dim] over `k`, `v` [rows, key heads, head_dim], as `q`.
 
     CUDA tensors of float16, bfloat16 or float32; products of float32 are taken in float32.
-    Differentiable.
+    Differentiable where `walks` of the same fold are given.
     """
-    return _TreeAttention.apply(q, k, v, mask, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
+    return _TreeAttention.apply(q, k, v, mask, walks, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache
@@ -38,12 +44,11 @@ def compile_kernels(
     A step that is the first to take this backend would otherwise wait for seconds.
     """
     group = heads // kv_heads
-    tiles = key_gradient_tiles(head_dim, dtype, group)
     # Two steps of a walk, a walk each.
-    step = tiles.tile // group
+    step = key_gradient_tiles(head_dim, dtype, group).tile // group
     fold = Fold.from_sequences([[0] * (2 * step)], layout="depth_first")
-    walks = key_walks(fold, tiles, group, kv_heads, device, longest=step)
     q, k = (torch.zeros(2 * step, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
+    walks = key_walks(fold, q, k, longest=step)
     mask = tree_mask(fold, q, k, 1 if windowed else None)
     out, lse = _forward(q, k, k, mask, 1.0, None)
     _backward(q, k, k, out, lse, out, mask, walks, 1.0, None)
@@ -52,23 +57,26 @@ def compile_kernels(
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: TreeMask,
+        walks: Walks | None,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         out, lse = _forward(q, k, v, mask, scale, softcap)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = mask, scale, softcap
+        ctx.options = mask, walks, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        mask, scale, softcap = ctx.options
-        (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
-        group = heads // kv_heads
-        walks = key_walks(mask.fold, key_gradient_tiles(head_dim, q.dtype, group), group, kv_heads, q.device)
-        dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), mask, walks, scale, softcap)
-        return dq, dk, dv, None, None, None
+        dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), *ctx.options)
+        return dq, dk, dv, None, None, None, None
 
 
 def _forward(
@@ -115,8 +123,7 @@ def _backward(
         *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
         **_constants(q, kv_heads, mask, softcap, tiles, _query_heads_in_a_row(q, k)) | {"LISTED": mask.tiles.tile},
     )  # fmt: skip
-    group = q.shape[1] // kv_heads
-    tiles = key_gradient_tiles(q.shape[-1], q.dtype, group)
+    tiles, group = walks.tiles, q.shape[1] // kv_heads
     sums = lse.new_empty(walks.parts, kv_heads, 2, tiles.key_block, _padded(q.shape[-1]))
     # A descriptor's block has powers of two of rows and heads.
     through = tiles.tile % group == 0

@@ -32,12 +32,11 @@ def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def query_gradient_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Parts of those of the forward pass, whose block lists are read: there is more to hold."""
+    """Those of the forward pass, whose block lists are read, or parts of them: there is more to hold."""
     forward = forward_tiles(head_dim, dtype)
-    if dtype == torch.float32:
+    if dtype == torch.float32 or head_dim > 128:
         return forward
-    half = Tiles(forward.tile // 2, forward.key_block, 4, 2)
-    return half if head_dim <= 128 else Tiles(forward.tile, forward.key_block, 8, 2)
+    return Tiles(forward.tile // 2, forward.key_block, 4, 2)
 
 
 def key_gradient_tiles(head_dim: int, dtype: torch.dtype, group: int) -> Tiles:
@@ -51,7 +50,7 @@ def key_gradient_tiles(head_dim: int, dtype: torch.dtype, group: int) -> Tiles:
 
 @dataclass(frozen=True)
 class TreeMask:
-    """The mask of a depth-first `fold` in blocks, int32 tensors of one device.
+    """The mask of a depth-first fold in blocks, int32 tensors of one device.
 
     Query block b, of `tiles.tile // (heads // key heads)` rows, sees whole the blocks
     `blocks[full[b]:full[b + 1]]` of `tiles.key_block` keys, and in part
@@ -60,7 +59,6 @@ class TreeMask:
     it are not listed.
     """
 
-    fold: Fold
     tiles: Tiles
     window: int | None
     subtree_end: Tensor
@@ -75,7 +73,7 @@ def tree_mask(fold: Fold, q: Tensor, k: Tensor, window: int | None) -> TreeMask:
     tiles, group = forward_tiles(q.shape[-1], q.dtype), q.shape[1] // k.shape[1]
 
     def make() -> TreeMask:
-        return TreeMask(fold, tiles, window, **to_device(tree_arrays(fold, tiles, group, window), q.device))
+        return TreeMask(tiles, window, **to_device(tree_arrays(fold, tiles, group, window), q.device))
 
     return fold.derived(("tree", q.device, tiles, group, window), make)
 

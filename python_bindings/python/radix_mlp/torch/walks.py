@@ -8,12 +8,11 @@ interval is walked in parts, whose sums are added in their order.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.fold import to_device
-from radix_mlp.torch.tree_mask import Arrays, Tiles
+from radix_mlp.torch.tree_mask import Arrays, Tiles, key_gradient_tiles
 
 # No walk is longer than the share of all walks that each of so many programs would have: those that run at once on an
 # H200.
@@ -24,13 +23,14 @@ MIN_WALK = 1024
 
 @dataclass(frozen=True)
 class Walks:
-    """The walks of a depth-first fold, int32 tensors of one device.
+    """The walks of a depth-first fold in blocks of `tiles.key_block` keys, int32 tensors of one device.
 
-    Walk i is that of key block `key_block[i]` through the rows from `first_step[i]` steps after the block's first to
-    `walk_end[i]`. Where that is all that see the block, `part[i]` is 0; else the walk is part `part[i] - 1`, and parts
-    `first_part[j]:first_part[j + 1]` are those of key block `split_block[j]`.
+    Walk i is that of key block `key_block[i]`, from `first_step[i]` steps of `tiles.tile // (heads // key heads)` rows
+    after the block's first row, to `walk_end[i]`. Where those are all that see the block, `part[i]` is 0; else the walk
+    is part `part[i] - 1`, and parts `first_part[j]:first_part[j + 1]` are those of key block `split_block[j]`.
     """
 
+    tiles: Tiles
     key_block: Tensor
     first_step: Tensor
     walk_end: Tensor
@@ -40,16 +40,17 @@ class Walks:
     parts: int
 
 
-def key_walks(
-    fold: Fold, tiles: Tiles, group: int, kv_heads: int, device: torch.device, longest: int | None = None
-) -> Walks:
-    """The walks of `fold` in blocks of `tiles.key_block` keys and steps of `tiles.tile // group` rows."""
+def key_walks(fold: Fold, q: Tensor, k: Tensor, longest: int | None = None) -> Walks:
+    """The walks of `fold` for `q` [rows, heads, head_dim] and `k` [rows, key heads, head_dim]: see `walk_arrays`."""
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    tiles = key_gradient_tiles(q.shape[-1], q.dtype, group)
 
     def make() -> Walks:
         arrays = walk_arrays(fold, tiles, group, kv_heads, longest)
-        return Walks(**to_device(arrays, device), parts=int(arrays["first_part"][-1]))
+        return Walks(tiles, **to_device(arrays, q.device), parts=int(arrays["first_part"][-1]))
 
-    return fold.derived(("walks", device, tiles, group, kv_heads, longest), make)
+    return fold.derived(("walks", q.device, tiles, group, kv_heads, longest), make)
 
 
 def walk_arrays(fold: Fold, tiles: Tiles, group: int, kv_heads: int, longest: int | None = None) -> Arrays:

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,12 +49,11 @@ class GraphAttention:
         sizes = {name: len(array) for name, array in arrays.items()}
         sizes["blocks"] = (len(arrays["full"]) - 1) * -(-len(q) // tiles.key_block)
         memory = torch.zeros(packed_size(sizes.values()), dtype=torch.int32, device=q.device)
-        self.masks[window] = (TreeMask(self.fold, tiles, window, **sections(memory, sizes)), memory, group)
+        self.masks[window] = (TreeMask(tiles, window, **sections(memory, sizes)), memory, group)
         self.load(self.fold)
 
     def load(self, fold: Fold) -> None:
-        for window, (mask, memory, group) in self.masks.items():
-            self.masks[window] = (replace(mask, fold=fold), memory, group)
+        for mask, memory, group in self.masks.values():
             packed = pack(tree_arrays(fold, mask.tiles, group, mask.window), pinned=True)
             memory[: len(packed)].copy_(packed, non_blocking=True)
 
