@@ -8,9 +8,9 @@ Times in alternation, on the same weights and tokens:
 - PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.
 
 All compute the logits chunk by chunk. "flop_compression" is how many times fewer flops the fold leaves. "wall_ms" is
-the time of a step until the device is done, the fold on the host included. "peak_gib" is what a step takes beside
-weights and gradients. Where `none` does not fit, layers are checkpointed, in all columns. "seconds_of_shapes" are those
-of the first step and of the median of 20 steps on batches of different shapes.
+the time of a step until the device is done, the fold on the host included; labels are the data's. "peak_gib" is what a
+step takes beside weights and gradients. Where `none` does not fit, layers are checkpointed, in all columns.
+"seconds_of_shapes" are those of the first step and of the median of 20 steps on batches of different shapes.
 
     python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_training/measure.py --shapes qwen3-4b --only "2 x 8 x 4096+512" --ways none full
@@ -102,7 +102,7 @@ def timed_step(step: Step, model: nn.Module) -> float:
 def fits(own: Qwen3, groups: Groups) -> bool:
     """Whether an unfolded step does."""
     try:
-        backward(partial(own_step, own, groups, "none", completions_only=False), own)
+        backward(partial(own_step, own, groups, "none", groups.labels[False]), own)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -163,7 +163,7 @@ def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
         prompt, completion = draw.randrange(512, 1536), draw.randrange(128, 640)
         groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed, smoke=smoke)
 
-        milliseconds.append(timed_step(partial(own_step, own, groups, "full", completions_only=False), own))
+        milliseconds.append(timed_step(partial(own_step, own, groups, "full", groups.labels[False]), own))
     own.zero_grad(set_to_none=True)
     first, later = milliseconds[0], milliseconds[1:]
     slowest, median = max(later), statistics.median(milliseconds)

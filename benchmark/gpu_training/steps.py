@@ -85,28 +85,24 @@ def set_checkpointing(own: Qwen3, theirs: Any, *, on: bool) -> None:
 
 def steps(own: Qwen3, theirs: Any, groups: Groups, *, completions_only: bool) -> dict[str, Step]:
     """Each computes the mean loss; backward is the caller's."""
-    skipped = groups.prompt if completions_only else 0
+    labels, skipped = groups.labels[completions_only], groups.prompt if completions_only else 0
     made: dict[str, Step] = {
-        "none": lambda: own_step(own, groups, "none", completions_only=completions_only),
-        "mlp": lambda: own_step(own, groups, "mlp", completions_only=completions_only),
-        "full": lambda: own_step(own, groups, "full", completions_only=completions_only),
+        "none": lambda: own_step(own, groups, "none", labels),
+        "mlp": lambda: own_step(own, groups, "mlp", labels),
+        "full": lambda: own_step(own, groups, "full", labels),
         "transformers folded": folded_step(theirs, groups, skipped),
-        "transformers padded": padded_step(theirs, groups, completions_only=completions_only),
+        "transformers padded": padded_step(theirs, groups, labels),
     }
     if DEVICE.type == "cuda":
-        made["transformers padding-free"] = padding_free_step(theirs, groups, completions_only=completions_only)
+        made["transformers padding-free"] = padding_free_step(theirs, groups, labels)
     if completions_only and (grouper := prefix_grouper_step(theirs, groups)):
         made["PrefixGrouper"] = grouper
     return made
 
 
-def own_step(own: Qwen3, groups: Groups, level: Level, *, completions_only: bool) -> Tensor:
+def own_step(own: Qwen3, groups: Groups, level: Level, labels: Tensor) -> Tensor:
     own.backend = "query_folded" if level != "full" and DEVICE.type == "cuda" else None
-    return own.loss(folded(groups, level, completions_only=completions_only))
-
-
-def folded(groups: Groups, level: Level, *, completions_only: bool) -> Folded:
-    return Folded.from_sequences(groups.arrays, level, DEVICE, labels=groups.labels[completions_only])
+    return own.loss(Folded.from_sequences(groups.arrays, level, DEVICE, labels=labels))
 
 
 def folded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
@@ -122,29 +118,29 @@ def folded_step(theirs: Any, groups: Groups, skipped: int) -> Step:
     return step
 
 
-def padded_step(theirs: Any, groups: Groups, *, completions_only: bool) -> Step:
+def padded_step(theirs: Any, groups: Groups, labels: Tensor) -> Step:
     """sdpa on the padded batch. Its logits would not fit: the loss is ours, chunk by chunk, here and below."""
     ids, mask = (x.to(DEVICE) for x in padded(groups.sequences))
-    plain = folded(groups, "none", completions_only=completions_only)
+    plain = Folded.from_sequences(groups.arrays, "none", DEVICE)
     tokens = mask.flatten().nonzero()[:, 0]
 
     def step() -> Tensor:
         states = theirs.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return cross_entropy(states.flatten(0, 1)[tokens], theirs.lm_head.weight, plain.tokens, plain.labels)
+        return cross_entropy(states.flatten(0, 1)[tokens], theirs.lm_head.weight, plain.tokens, labels)
 
     return step
 
 
-def padding_free_step(theirs: Any, groups: Groups, *, completions_only: bool) -> Step:
+def padding_free_step(theirs: Any, groups: Groups, labels: Tensor) -> Step:
     """All tokens in one row, told apart by their positions: FlexAttention, as flash-attn is no wheel of PyPI."""
-    plain = folded(groups, "none", completions_only=completions_only)
+    plain = Folded.from_sequences(groups.arrays, "none", DEVICE)
     model: Any = twin(theirs)
     model.set_attn_implementation("flex_attention")
     ids, positions = plain.input_ids[None].long(), plain.position_ids[None].long()
 
     def step() -> Tensor:
         states = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return cross_entropy(states[0], theirs.lm_head.weight, plain.tokens, plain.labels)
+        return cross_entropy(states[0], theirs.lm_head.weight, plain.tokens, labels)
 
     return step
 

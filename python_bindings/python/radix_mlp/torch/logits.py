@@ -39,13 +39,17 @@ def check(hidden: Tensor, head: Head | None, fold: Fold) -> None:
         raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
         raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
-    for name, parameter in () if head is None else (("weight", head.weight), ("bias", head.bias)):
+    for name, parameter in zip(("weight", "bias"), parameters(head), strict=True):
         if parameter is not None and parameter.device != hidden.device:
             raise ValueError(f"the head's {name} is on {parameter.device}, but hidden is on {hidden.device}")
 
 
 def vocabulary(hidden: Tensor, head: Head | None) -> int:
     return hidden.shape[-1] if head is None else len(head.weight)
+
+
+def parameters(head: Head | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if head is None else (head.weight, head.bias)
 
 
 def precision(hidden: Tensor) -> torch.dtype:
@@ -107,12 +111,11 @@ class Sums:
     def __init__(self, hidden: Tensor, head: Head | None, wanted: tuple[bool, ...]) -> None:
         """`wanted` tells for hidden, weight and bias whether anybody wants to know."""
         self.head = head
-        parameters = (None, None) if head is None else (head.weight, head.bias)
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
         # Sums over all rows: those of bfloat16 would lose the last of them.
         self.weight, self.bias = (
             torch.zeros_like(x, dtype=precision(hidden)) if x is not None and own else None
-            for x, own in zip(parameters, wanted[1:], strict=True)
+            for x, own in zip(parameters(head), wanted[1:], strict=True)
         )
 
     def add(self, rows: Tensor, states: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
@@ -148,10 +151,10 @@ def gradients_by_columns(
     held: each row of its gradient is one product's.
     """
     states = hidden[pairs.rows]
-    parameters = (None, None) if head is None else (head.weight, head.bias)
     for_states = torch.zeros_like(states, dtype=precision(hidden)) if wanted[0] else None
     for_weight, for_bias = (
-        torch.empty_like(x) if x is not None and own else None for x, own in zip(parameters, wanted[1:], strict=True)
+        torch.empty_like(x) if x is not None and own else None
+        for x, own in zip(parameters(head), wanted[1:], strict=True)
     )
     for columns in pairs.columns(vocabulary(hidden, head)):
         _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias))

@@ -28,6 +28,7 @@ from radix_mlp.torch.logits import (
     gradients_by_columns,
     has_large_sums,
     logits_of,
+    parameters,
     precision,
     softmax_gradient,
     vocabulary,
@@ -95,7 +96,7 @@ def cross_entropy(
     if reduction == "mean":
         weight /= max(1, len(pairs.tokens))
     terms = _Terms(weight, pairs.summed(weight), label_smoothing, z_loss)
-    loss: Tensor = _Loss.apply(hidden, *_parameters(head), head, pairs, terms)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Loss.apply(hidden, *parameters(head), head, pairs, terms)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -110,7 +111,7 @@ def log_probs(
     head = lm_head if isinstance(lm_head, Head) else None if lm_head is None else Head(lm_head)
     check(hidden, head, fold)
     pairs = pairs_of(fold, labels, ignore_index, vocabulary(hidden, head), hidden.device)
-    counted: Tensor = _LogProbs.apply(hidden, *_parameters(head), head, pairs)  # type: ignore[no-untyped-call]
+    counted: Tensor = _LogProbs.apply(hidden, *parameters(head), head, pairs)  # type: ignore[no-untyped-call]
     return counted.new_zeros(fold.num_tokens).index_put((pairs.tokens,), counted)
 
 
@@ -144,10 +145,6 @@ class _Terms:
         row_weight = self.of_rows(places, lse) * by
         factor, shift = row_weight * (1 + 2 * self.z_loss * lse), row_weight * (self.smoothing / columns)
         return Slopes(factor, shift, self.equal * ((self.smoothing - 1) * by))
-
-
-def _parameters(head: Head | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if head is None else (head.weight, head.bias)
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
