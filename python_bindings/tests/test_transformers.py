@@ -114,6 +114,14 @@ def test_a_mask_of_ones_is_no_mask(model: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16])
+def test_a_mask_has_any_dtype(model: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> None:
+    fold(model)
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch | {"attention_mask": batch["attention_mask"].to(dtype)}).logits, expected)
+
+
+@torch.no_grad()
 def test_packed_equals_padded(model: Any) -> None:
     flat = torch.tensor([token for own in SEQUENCES for token in own])
     bounds = torch.tensor([0, *torch.tensor([len(own) for own in SEQUENCES]).cumsum(0)])

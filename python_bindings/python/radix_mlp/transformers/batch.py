@@ -122,7 +122,7 @@ def pack_call(
     if cu_seq_lengths is not None:
         parts["cu_seq_lengths"] = cu_seq_lengths.to(ids.device)
     elif attention_mask is not None:
-        parts["spans"] = _spans(_like_ids("attention_mask", attention_mask, ids).bool())
+        parts["spans"] = _spans(_like_ids("attention_mask", attention_mask, ids))
     host = _to_host(parts)
     sequences, length = ids.shape
     starts, lengths = _sequences(host, sequences, length)
@@ -154,9 +154,10 @@ def _spans(mask: Tensor) -> Tensor:
         return torch.zeros(3, len(mask), dtype=torch.int64, device=mask.device)
     # The index of a largest value is that of the first of them.
     if mask.is_cuda:
-        kept = mask.byte()
-        return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), mask.sum(1)])
-    bits = mask.numpy()
+        kept = mask.bool().byte()
+        return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), kept.sum(1)])
+    # By NumPy: torch's threads take milliseconds to come together where other work has the cores.
+    bits = (mask.bool() if mask.is_floating_point() else mask).numpy() != 0
     if bits.all():
         # Without padding there is nothing to look for.
         length = torch.full((len(mask),), mask.shape[1])
