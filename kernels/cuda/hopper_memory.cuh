@@ -2,13 +2,14 @@
 // values and items are handed over, and the items that it computes.
 #pragma once
 
-#include <barrier.cuh>
+#include <tensor_copy.cuh>
 #include <tree_attention.cuh>
 
 namespace {
 
-// Two warpgroups compute, two warps load queries and keys, two load values.
-constexpr int CONSUMERS = 256, LOADERS = 64, HOPPER_THREADS = CONSUMERS + 2 * LOADERS;
+// Two warpgroups compute; of a third, which must be whole to give up registers, a warp loads queries and keys, and one
+// loads values.
+constexpr int CONSUMERS = 256, LOADERS = 32, HOPPER_THREADS = CONSUMERS + 128;
 // Key blocks that are computed together, and how many such steps are in shared memory at once.
 constexpr int BLOCKS = 2, STAGES = 2;
 constexpr int STEP = BLOCKS * KEYS;
@@ -39,6 +40,11 @@ template <int COUNT> struct Ring {
 // A tile of a key head, where its lists begin, and how long the first and both are.
 struct Item {
     uint32_t number, full, full_count, partial, count;
+
+    // Whether some of the tile's queries do not see some of step i's keys.
+    __device__ bool is_partial(uint32_t i, const Sizes &given) const {
+        return BLOCKS * i + BLOCKS > full_count || given.window;
+    }
 };
 
 template <int HEAD_DIM> struct Memory {
@@ -57,10 +63,11 @@ template <int HEAD_DIM> struct Memory {
     Ring<STAGES> k{base + K, base + K_BARRIERS, STAGE}, v{base + V, base + V_BARRIERS, STAGE};
 
     __device__ void make() const {
-        q.make(LOADERS, CONSUMERS);
-        item.make(1, HOPPER_THREADS);
-        k.make(LOADERS, CONSUMERS);
-        v.make(LOADERS, CONSUMERS);
+        q.make(1, CONSUMERS);
+        item.make(1, CONSUMERS + 2 * LOADERS);
+        // Each lane has numbers of the keys to copy, one of them has all the keys.
+        k.make(LOADERS + 1, CONSUMERS);
+        v.make(1, CONSUMERS);
     }
     static __device__ uint32_t numbers(uint32_t at) { return NUMBERS + at % STAGES * NUMBERS_STAGE; }
     static __device__ volatile Item &announced() { return *reinterpret_cast<volatile Item *>(shared_memory() + ITEM); }
@@ -75,9 +82,10 @@ template <int HEAD_DIM> struct Memory {
     }
 };
 
-// What is the same for all roles. `next` is how many items were asked for, beside the first of each block.
+// What is the same for all roles. The maps' boxes are of 64 columns: a tile's queries, a block's keys and values. `next`
+// is how many items were asked for, beside the first of each block.
 template <typename T> struct Given {
-    const T *q, *k, *v;
+    const CUtensorMap &q, &k, &v;
     T *out;
     float *lse;
     const uint32_t *subtree_end, *depth;

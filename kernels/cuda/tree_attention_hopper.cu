@@ -1,8 +1,8 @@
 // Tree attention for GPUs of compute capability 9.0, on the tensor cores that read their factors from shared memory, in
 // the manner of FlashAttention-3 (arXiv 2407.08608): see tree_attention.cuh.
 //
-// A block stays on its multiprocessor and computes one item, a tile of a key head, after the other. Some of its warps
-// only load, ahead of those that compute, and leave most registers to them. Each of two warpgroups has 64 of the tile's
+// A block stays on its multiprocessor and computes one item, a tile of a key head, after the other. Two of its warps
+// only have the copy engine load, ahead of those that compute, and leave most registers to them. Each of two warpgroups has 64 of the tile's
 // queries. While it computes the softmax of one step of keys, the tensor cores have its products of the step before
 // with the values, or the other warpgroup's products.
 
@@ -12,7 +12,7 @@
 namespace {
 
 // The kernel begins with 168 registers a thread; all together these are as many.
-constexpr int CONSUMER_REGISTERS = 224, LOADER_REGISTERS = 56;
+constexpr int CONSUMER_REGISTERS = 232, LOADER_REGISTERS = 40;
 
 // scores = q k^T, of the warpgroup's queries and a step's keys.
 template <typename T, int HEAD_DIM>
@@ -97,14 +97,6 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
         Hidden hidden;
         typename Own::Scores scores;
 
-        auto await_keys = [&](uint32_t i) {
-            memory.k.await_full(at + i);
-            publish();
-        };
-        auto await_values = [&](uint32_t i) {
-            memory.v.await_full(at + i);
-            publish();
-        };
         auto begin_scores = [&](uint32_t i) {
             multiply_keys<T, HEAD_DIM>(scores[0], own_q, memory.k.stage(at + i));
             commit_products();
@@ -113,10 +105,9 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
             multiply_values<T, HEAD_DIM>(own.acc[0], weights, memory.v.stage(at + i));
             commit_products();
         };
-        auto is_partial = [&](uint32_t i) { return BLOCKS * i + BLOCKS > item.full_count || sizes.window; };
         // While the scores are under way.
         auto prepare = [&](uint32_t i) {
-            if (is_partial(i)) {
+            if (item.is_partial(i, sizes)) {
                 hidden[0][0] = hidden[0][1] = 0;
                 for (int block = 0; block < BLOCKS; ++block) {
                     const uint8_t *numbers = shared_memory() + memory.numbers(at + i);
@@ -134,7 +125,7 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
             if (sizes.softcap > 0) {
                 own.cap(scores, sizes);
             }
-            if (is_partial(i)) {
+            if (item.is_partial(i, sizes)) {
                 mask(scores[0], hidden);
             }
             own.weigh(scores, factor);
@@ -150,7 +141,7 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
         };
 
         memory.q.await_full(turn);
-        await_keys(0);
+        memory.k.await_full(at);
         begin_products();
         begin_scores(0);
         prepare(0);
@@ -158,9 +149,9 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
         settle(scores[0]);
         weigh(0);
         pack();
-        await_values(0);
+        memory.v.await_full(at);
         for (uint32_t i = 0; i + 1 < count; ++i) {
-            await_keys(i + 1);
+            memory.k.await_full(at + i + 1);
             settle(weights);
             settle(own.acc[0]);
             begin_products();
@@ -171,7 +162,7 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
             settle(scores[0]);
             weigh(i + 1);
             // Its branch keeps the compiler from waiting for the products before the softmax.
-            await_values(i + 1);
+            memory.v.await_full(at + i + 1);
             wait_for_products<0>();
             settle(own.acc[0]);
             memory.v.emptied(at + i);
@@ -193,10 +184,15 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
 }
 
 template <typename T, int HEAD_DIM> __device__ void attend(const Given<T> &given) {
+    const Memory<HEAD_DIM> memory;
     if (threadIdx.x == 0) {
-        const Memory<HEAD_DIM> memory;
         memory.make();
     }
+    if (threadIdx.x < TILE) {
+        clear_rest(memory, given.sizes.group);
+    }
+    // The barriers and the cleared rows.
+    publish();
     __syncthreads();
     if (threadIdx.x < CONSUMERS) {
         grow<CONSUMER_REGISTERS>();
@@ -205,7 +201,7 @@ template <typename T, int HEAD_DIM> __device__ void attend(const Given<T> &given
         shrink<LOADER_REGISTERS>();
         if (threadIdx.x < CONSUMERS + LOADERS) {
             load<T, HEAD_DIM, true>(given);
-        } else {
+        } else if (threadIdx.x < CONSUMERS + 2 * LOADERS) {
             load<T, HEAD_DIM, false>(given);
         }
     }
@@ -217,7 +213,8 @@ template <typename T, int HEAD_DIM> __device__ void attend(const Given<T> &given
 // `lse` is null where nobody wants it, `depth` [rows] where there is no window; `next` points to 0.
 #define TREE_ATTENTION_HOPPER(NAME, T, HEAD_DIM)                                                                     \
     extern "C" __global__ void __launch_bounds__(HOPPER_THREADS, 1)                                                  \
-        NAME(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,                    \
+        NAME(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,                           \
+             const __grid_constant__ CUtensorMap v, T *out, float *lse, const uint32_t *subtree_end,                 \
              const uint32_t *depth, const uint32_t *full, const uint32_t *full_blocks, const uint32_t *partial,      \
              const uint32_t *partial_blocks, const __grid_constant__ Sizes given, uint32_t tiles, uint32_t items,    \
              uint32_t *next) {                                                                                       \

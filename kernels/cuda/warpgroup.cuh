@@ -6,7 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// What this thread has written to shared memory is there for the tensor cores after the next barrier.
+// What this thread has written to shared memory is there for the tensor cores and the copy engine after the next barrier.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first product after registers of products were used.

@@ -1,8 +1,12 @@
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
+use candle_core::cuda_backend::cudarc::driver::{
+    DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{DType, Layout, Result, Tensor};
 
+use super::tensor_map::TensorMap;
 use super::{Binary, LOAD, tensor, unwritten, view};
 use crate::tree_attention::{KEY_BLOCK, TILE, query_block};
 use crate::{KernelError, TreeMask};
@@ -16,8 +20,9 @@ struct Kernel {
     threads: u32,
     shared_rows: usize,
     shared_bytes: usize,
-    /// Whether its blocks stay on their multiprocessors and take tiles from a counter; else each has one.
-    stays: bool,
+    /// Whether it is Hopper's: it takes maps of its inputs, and its blocks stay on their multiprocessors and take tiles from a
+    /// counter. Else each block has one.
+    is_for_hopper: bool,
 }
 
 const FOR_ALL: Kernel = Kernel {
@@ -26,7 +31,7 @@ const FOR_ALL: Kernel = Kernel {
     threads: 128,
     shared_rows: TILE + 2 * KEY_BLOCK,
     shared_bytes: 0,
-    stays: false,
+    is_for_hopper: false,
 };
 const FOR_HOPPER: Kernel = Kernel {
     binary: Binary::TreeAttentionHopper,
@@ -34,7 +39,7 @@ const FOR_HOPPER: Kernel = Kernel {
     threads: 384,
     shared_rows: 2 * TILE + 8 * KEY_BLOCK,
     shared_bytes: 2208,
-    stays: true,
+    is_for_hopper: true,
 };
 
 impl Kernel {
@@ -101,7 +106,9 @@ fn loadable(x: &Tensor) -> Result<Tensor> {
         layout.stride()[0],
         layout.stride()[1],
     ];
-    if layout.stride()[2] == 1 && steps.iter().all(|step| (step * size).is_multiple_of(LOAD)) {
+    let whole = steps.iter().all(|step| (step * size).is_multiple_of(LOAD));
+    // The copy engine takes no rows or heads that are all the same.
+    if layout.stride()[2] == 1 && whole && !steps[1..].contains(&0) {
         return Ok(x.clone());
     }
     x.force_contiguous()
@@ -189,14 +196,25 @@ impl Attention<'_> {
         let kv_heads = sizes.heads / sizes.group;
         let items = u32::try_from(u64::from(tiles) * u64::from(kv_heads))?;
         // A launch's own: threads may launch with one mask at once, and candle's default stream is another in each.
-        let mut next = match kernel.stays {
+        let mut next = match kernel.is_for_hopper {
             true => Some(device.alloc_zeros::<u32>(1)?),
             false => None,
         };
+        // Each with a guard by which the stream learns that it is no longer read.
+        let addresses: Vec<_> = views.iter().map(|x| x.device_ptr(&stream)).collect();
+        let maps = match kernel.is_for_hopper {
+            true => self.maps([q, k, v], addresses.iter().map(|(address, _)| *address))?,
+            false => Vec::new(),
+        };
         let nowhere = 0_u64;
         let mut launch = stream.launch_builder(&function);
-        for view in &views {
-            launch.arg(view);
+        for map in &maps {
+            launch.arg(map);
+        }
+        if maps.is_empty() {
+            for view in &views {
+                launch.arg(view);
+            }
         }
         launch.arg(&mut out);
         match self.lse {
@@ -227,6 +245,20 @@ impl Attention<'_> {
             false => tensor(denominators, device, 1),
         };
         Ok((tensor(out, device, q.shape()), lse))
+    }
+
+    /// What Hopper's kernel loads at once: a tile of queries, a block of keys or of values.
+    fn maps(
+        &self,
+        inputs: [&Tensor; 3],
+        addresses: impl Iterator<Item = CUdeviceptr>,
+    ) -> Result<Vec<TensorMap>> {
+        let group = self.mask.group;
+        let boxes = [[query_block(group), group], [KEY_BLOCK, 1], [KEY_BLOCK, 1]];
+        let given = inputs.into_iter().zip(addresses).zip(boxes);
+        given
+            .map(|((x, address), corner)| TensorMap::new(address, x.layout(), x.dtype(), corner))
+            .collect()
     }
 
     fn sizes(&self, [q, k, v]: [&Layout; 3]) -> Result<Sizes> {

@@ -3,6 +3,7 @@
 mod attention;
 mod gather;
 mod layer;
+mod tensor_map;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

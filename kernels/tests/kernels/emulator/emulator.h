@@ -79,19 +79,23 @@ struct Fiber {
     std::vector<std::vector<std::function<void()>>> products;
 };
 
-// Copies under way: whose, and the barrier that they arrive at.
+// Copies under way: whose, and the barrier that they arrive at, as a thread or, where they are the copy engine's, by their
+// bytes.
 struct Flight {
     int thread;
     uint32_t barrier;
     std::vector<Copy> copies;
+    bool is_engine = false;
 };
 
-// A barrier in shared memory.
+// A barrier in shared memory, which may wait for bytes of the copy engine as well.
 struct Phased {
     uint32_t arrivals, arrived, phase;
     std::vector<int> waiting;
+    int64_t bytes = 0;
 
     void arrive();
+    void end();
 };
 
 alignas(128) inline uint8_t memory[SHARED];
@@ -132,10 +136,12 @@ struct Block {
         const Flight flight = std::move(flights[index]);
         flights[index] = std::move(flights.back());
         flights.pop_back();
+        Phased &barrier = phased_at(flight.barrier);
         for (const Copy &one : flight.copies) {
             copy(one);
+            barrier.bytes -= flight.is_engine ? one.bytes : 0;
         }
-        phased_at(flight.barrier).arrive();
+        flight.is_engine ? barrier.end() : barrier.arrive();
     }
 
     // To any fiber that may run, or back to the launcher after the last.
@@ -179,7 +185,12 @@ struct Block {
 inline Block *block = nullptr;
 
 inline void Phased::arrive() {
-    if (++arrived == arrivals) {
+    ++arrived;
+    end();
+}
+
+inline void Phased::end() {
+    if (arrived == arrivals && bytes == 0) {
         arrived = 0, ++phase;
         block->ready.insert(block->ready.end(), waiting.begin(), waiting.end());
         waiting.clear();
@@ -195,7 +206,7 @@ struct ThreadIndex {
 
 inline void enter() {
     block->kernel();
-    const auto own = [](const Flight &flight) { return flight.thread == block->current; };
+    const auto own = [](const Flight &flight) { return flight.thread == block->current && !flight.is_engine; };
     if (std::any_of(block->flights.begin(), block->flights.end(), own)) {
         std::fputs("emulator: a thread ended before its copies\n", stderr);
         std::abort();
