@@ -41,10 +41,15 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
     computed["full"] = folded_states(model, kept, "full", whole)
     # What another kernel decides of every copy, and what the same one decides of the folded batch.
     computed["padded"] = states(model, kept, whole)
+    by_tree: dict[str, Tensor] = {}
     if model.device.type == "cuda":
         computed["query_folded"] = folded_states(model, kept, "full", whole, backend="query_folded")
+        # The kernel that `full` picks, of every copy too: what differs then is the fold, or the size, alone.
+        for name, size in {"none": whole, **sizes}.items():
+            by_tree[f"tree {name}"] = folded_states(model, kept, "none", size, backend="tree")
+        by_tree["tree full"] = folded_states(model, kept, "full", whole, backend="tree")
     others = [name for name in ("full", "padded", "query_folded") if name in computed]
-    decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in computed.items()}
+    decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in (computed | by_tree).items()}
 
     def differ(one: str, other: str) -> dict[str, int]:
         return {kind: int((decisions[one][kind] != decisions[other][kind]).sum()) for kind in decisions[one]}
@@ -54,6 +59,7 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
         "tokens": sum(map(len, kept)),
         "decisions": {kind: len(made) for kind, made in decisions["none"].items()},
         **{f"{name} from none": differ(name, "none") for name in (*others, *sizes)},
+        **{f"{name} from tree none": differ(name, "tree none") for name in by_tree if name != "tree none"},
         **{f"{name} from float32": differ(name, "float32") for name in ("none", *others)},
     }
 

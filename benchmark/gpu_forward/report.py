@@ -66,18 +66,25 @@ def flips(rows: list[Row]) -> str:
     """How many of the sampled top-1 decisions differ, of all batches together."""
     found = [row["flips"] for row in rows if "flips" in row]
 
-    def share(name: str) -> str:
-        return f"{pooled(found, name, 'sampled') / pooled(found, 'decisions', 'sampled'):.2%}".replace("%", " %")
+    def share(*names: str) -> str:
+        """The largest of them."""
+        most = max(pooled(found, name, "sampled") for name in names)
+        return f"{most / pooled(found, 'decisions', 'sampled'):.2%}".replace("%", " %")
 
     sizes = [size for size in OTHER_SIZES if all(f"{size} from none" in row for row in found)]
     others = ", ".join(f"with {size} {share(f'{size} from none')}" for size in sizes)
     ways = {"query_folded": "`full` with `query_folded`", "padded": "the padded model"}
     told = [name for name in ways if all(f"{name} from none" in row for row in found)]
     more = "".join(f", {ways[name]} {share(f'{name} from none')}" for name in told)
+    alone = ""
+    if all("tree full from tree none" in row for row in found):
+        by_size = share(*(f"tree {size} from tree none" for size in sizes))
+        alone = f" With the tree kernel on both sides the fold flips {share('tree full from tree none')}, "
+        alone += f"another size up to {by_size}."
     return (
         f"Of {pooled(found, 'decisions', 'sampled'):,} top-1 decisions at random weights (0.6B), `none` differs from "
         f"float32 in {share('none from float32')} and `full` in {share('full from float32')}; from `none`, `full` "
-        f"differs in {share('full from none')}{more}, `none` {others}: bf16 sums run in another order."
+        f"differs in {share('full from none')}{more}, `none` {others}: bf16 sums run in another order.{alone}"
     )
 
 

@@ -21,6 +21,13 @@ SMALL = 8000
 KINDS_OF_DECISIONS = ("last", "sampled", "pairs")
 # Batch sizes at which `none` decides otherwise than at the whole batch.
 OTHER_SIZES = ("half a batch", "a quarter", "two at a time", "one at a time")
+# What the fold flips and what a size does: the kernel that `full` picks against FlashAttention of `none`, then with one
+# kernel on both sides.
+COMPARED = {
+    "": ("full from none", "{} from none"),
+    ", both with FlashAttention": ("query_folded from none", "{} from none"),
+    ", both with the tree kernel": ("tree full from tree none", "tree {} from tree none"),
+}
 
 
 def targets(rows: list[Row]) -> list[Row]:
@@ -79,14 +86,15 @@ def flip_targets(flips: list[Row]) -> list[Row]:
     checks: list[Row] = []
     for kind in KINDS_OF_DECISIONS:
         of_kind = [row for row in flips if kind in row["decisions"]]
-        if not of_kind:
-            continue
-        sizes = [size for size in OTHER_SIZES if all(f"{size} from none" in row for row in of_kind)]
-        others = {size: pooled(of_kind, f"{size} from none", kind) for size in sizes}
-        most = max(others, key=lambda size: others[size])
-        decided = pooled(of_kind, "decisions", kind)
-        text = f"{kind} decisions of {decided:,} that full flips, none with {most} setting the limit"
-        checks += at_most(text, others[most], [(pooled(of_kind, "full from none", kind), "all batches")])
+        for kernels, (flipped, by_size) in COMPARED.items():
+            if not of_kind or any(flipped not in row for row in of_kind):
+                continue
+            sizes = [size for size in OTHER_SIZES if all(by_size.format(size) in row for row in of_kind)]
+            others = {size: pooled(of_kind, by_size.format(size), kind) for size in sizes}
+            most = max(others, key=lambda size: others[size])
+            decided = pooled(of_kind, "decisions", kind)
+            text = f"{kind} decisions of {decided:,} that full flips{kernels}, none with {most} setting the limit"
+            checks += at_most(text, others[most], [(pooled(of_kind, flipped, kind), "all batches")])
     return checks
 
 

@@ -38,6 +38,10 @@ def test_decisions_of_other_kernels_are_told_where_they_were_counted() -> None:
     counted |= {f"{way} from float32": {"sampled": 6} for way in ("none", "full")}
     told = flips([{"flips": counted | {f"{way} from none": {"sampled": 1 + at} for at, way in enumerate(ways)}}])
     assert "`full` differs in 0.50 %, `full` with `query_folded` 1.50 %, the padded model 1.00 %" in told
+    of_tree = {"tree full from tree none": 3, "one at a time from none": 0, "tree one at a time from tree none": 4}
+    counted |= {name: {"sampled": count} for name, count in (of_tree | {"full from none": 1}).items()}
+    assert "both sides the fold flips 1.50 %, another size up to 2.00 %." in flips([{"flips": counted}])
+    counted = {name: count for name, count in counted.items() if "tree" not in name}
     assert "padded" not in flips([{"flips": counted | {"full from none": {"sampled": 1}}}])
 
 

@@ -46,7 +46,9 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert row["flips"]["decisions"]["last"] == row["sequences"]
         compared = {name: counts["last"] for name, counts in row["flips"].items() if " from " in name}
         ways = {"full", "padded"} | ({"query_folded"} if torch.cuda.is_available() else set())
+        by_tree = ("full", *OTHER_SIZES) if torch.cuda.is_available() else ()
         expected = {f"{way} from none" for way in (*ways, *OTHER_SIZES)}
+        expected |= {f"tree {way} from tree none" for way in by_tree}
         assert compared.keys() == expected | {f"{way} from float32" for way in (*ways, "none")}
         assert max(compared.values()) <= row["sequences"]
     assert {"full", "unshared"} <= rows[0]["beside_unshared"]["wall_ms"].keys()

@@ -79,6 +79,14 @@ def test_flips_are_pooled_over_batches(full: int, met: bool) -> None:
     assert "one at a time" in check["target"]
 
 
+def test_flips_with_one_kernel_are_held_to_that_kernels_sizes() -> None:
+    counts = {"tree full from tree none": 3, "tree half a batch from tree none": 2}
+    both, by_tree = flip_targets([flips(10, 1, 0, 1) | {name: {"last": count} for name, count in counts.items()}])
+    assert (both["met"], both["limit"]) == (True, "≤ 1")
+    assert (by_tree["met"], by_tree["limit"], by_tree["value"]) == (False, "≤ 2", 3)
+    assert "tree kernel" in by_tree["target"]
+
+
 def test_sizes_that_a_batch_lacks_are_left_out() -> None:
     more = flips(10, 1, 0, 1) | {"a quarter from none": {"last": 9}}
     (check,) = flip_targets([more, flips(10, 1, 0, 1)])
