@@ -194,6 +194,22 @@ fn attends(library: &Library) {
         Ok(())
     });
     checked.unwrap();
+    beyond_a_window(library);
+}
+
+/// A sequence with key blocks that all of a tile's queries come after, and that lie beyond the window of some.
+fn beyond_a_window(library: &Library) {
+    let case = Case {
+        kv_heads: 1,
+        group: 2,
+        head_dim: 64,
+        window: Some(40),
+        softcap: None,
+    };
+    for processors in [0, 2] {
+        let (out, lse) = attention(library, &[vec![1; 300]], case, DType::F16, processors);
+        assert!(out < 1e-3 && lse < 1e-4, "{out} {lse}");
+    }
 }
 
 type AddRmsNorm = unsafe extern "C" fn(
