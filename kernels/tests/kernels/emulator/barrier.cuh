@@ -16,7 +16,7 @@ inline void arrive_copied(uint32_t at) {
 inline void wait_for_all() {
     auto &flights = emulator::block->flights;
     for (size_t i = flights.size(); i-- > 0;) {
-        if (flights[i].thread == emulator::block->current && !flights[i].is_engine) {
+        if (flights[i].writer == emulator::block->current) {
             emulator::block->land(i);
         }
     }
@@ -28,6 +28,5 @@ inline void await(uint32_t at, uint32_t parity) {
         barrier.waiting.push_back(emulator::block->current);
         emulator::block->next();
     }
-    // What the copy engine has arrived with needs nobody to publish it.
-    emulator::fiber().published = emulator::now;
+    emulator::fiber().awaited = emulator::now;
 }

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -72,20 +73,18 @@ struct Fiber {
     int half = 0;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
-    // The tensor cores see for this thread what landed until then.
-    uint64_t published = 0;
+    // The tensor cores see for this thread what the copy engine brought until then.
+    uint64_t awaited = 0;
     bool products_begun = false;
     std::vector<std::function<void()>> open_products;
     std::vector<std::vector<std::function<void()>>> products;
 };
 
-// Copies under way: whose, and the barrier that they arrive at, as a thread or, where they are the copy engine's, by their
-// bytes.
+// Copies under way, of a thread or of the copy engine, and the barrier that they arrive at: the engine by its bytes.
 struct Flight {
-    int thread;
+    int writer;
     uint32_t barrier;
     std::vector<Copy> copies;
-    bool is_engine = false;
 };
 
 // A barrier in shared memory, which may wait for bytes of the copy engine as well.
@@ -99,16 +98,24 @@ struct Phased {
 };
 
 alignas(128) inline uint8_t memory[SHARED];
-// When what is there was copied, by chunks of 16 bytes; never, at first.
-inline uint64_t landed[SHARED / 16], now;
+// What is known of a chunk of 16 bytes: when it was copied, never at first, by which thread or by the copy engine, and
+// whether that thread has published it since.
+constexpr int ENGINE = -1;
+struct Chunk {
+    uint64_t landed = UINT64_MAX;
+    int writer = ENGINE;
+    bool published = false;
+};
+inline Chunk chunks[SHARED / 16];
+inline uint64_t now;
 
-inline void copy(const Copy &given) {
+inline void copy(const Copy &given, int writer) {
     ++now;
     std::memset(memory + given.to, 0, given.bytes);
     if (given.valid) {
         std::memcpy(memory + given.to, given.from, given.bytes);
     }
-    landed[given.to / 16] = now;
+    chunks[given.to / 16] = {now, writer, false};
 }
 
 struct Block {
@@ -138,10 +145,10 @@ struct Block {
         flights.pop_back();
         Phased &barrier = phased_at(flight.barrier);
         for (const Copy &one : flight.copies) {
-            copy(one);
-            barrier.bytes -= flight.is_engine ? one.bytes : 0;
+            copy(one, flight.writer);
+            barrier.bytes -= flight.writer == ENGINE ? one.bytes : 0;
         }
-        flight.is_engine ? barrier.end() : barrier.arrive();
+        flight.writer == ENGINE ? barrier.end() : barrier.arrive();
     }
 
     // To any fiber that may run, or back to the launcher after the last.
@@ -206,7 +213,7 @@ struct ThreadIndex {
 
 inline void enter() {
     block->kernel();
-    const auto own = [](const Flight &flight) { return flight.thread == block->current && !flight.is_engine; };
+    const auto own = [](const Flight &flight) { return flight.writer == block->current; };
     if (std::any_of(block->flights.begin(), block->flights.end(), own)) {
         std::fputs("emulator: a thread ended before its copies\n", stderr);
         std::abort();
@@ -255,7 +262,7 @@ inline void launch(dim3 blocks, uint32_t threads, const std::function<void()> &k
             block = &own;
             blockIdx = {x, y, 0};
             std::memset(memory, 0xff, SHARED);
-            std::memset(landed, 0xff, sizeof landed);
+            std::fill(std::begin(chunks), std::end(chunks), Chunk{});
             now = 0;
             for (uint32_t i = 0; i < threads; ++i) {
                 Fiber &fiber = own.fibers[i];

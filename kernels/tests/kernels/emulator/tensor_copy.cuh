@@ -30,6 +30,5 @@ inline void copy_box(uint32_t to, const CUtensorMap &map, int column, int head, 
         const void *from = valid ? map.start + r * map.row + h * map.head + c : nullptr;
         copies.push_back({plain ^ (plain >> 7 & 7) << 4, from, valid, 16});
     }
-    emulator::Block &block = *emulator::block;
-    block.flights.push_back({block.current, barrier, std::move(copies), true});
+    emulator::block->flights.push_back({emulator::ENGINE, barrier, std::move(copies)});
 }

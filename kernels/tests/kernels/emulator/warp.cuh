@@ -29,7 +29,7 @@ template <int PENDING> void wait() {
     auto &groups = emulator::fiber().groups;
     while (groups.size() > PENDING) {
         for (const emulator::Copy &one : groups.front()) {
-            emulator::copy(one);
+            emulator::copy(one, emulator::block->current);
         }
         groups.erase(groups.begin());
     }

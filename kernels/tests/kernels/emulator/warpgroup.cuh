@@ -1,11 +1,16 @@
 // cuda/warpgroup.cuh on the emulator, written from the PTX manual's matrix descriptors. Products read their factors from
 // shared memory when they are issued and again when they are waited for, since the tensor cores may at any time between;
-// both must find the same, and what was published. Between a wait and the next product must be `begin_products`.
+// both must find the same, published by the thread that wrote it or awaited from the copy engine. Between a wait and the next
+// product must be `begin_products`.
 #pragma once
 
 #include <half.cuh>
 
-inline void publish() { emulator::fiber().published = emulator::now; }
+inline void publish() {
+    for (emulator::Chunk &chunk : emulator::chunks) {
+        chunk.published |= chunk.writer == emulator::block->current;
+    }
+}
 
 inline void begin_products() { emulator::fiber().products_begun = true; }
 
@@ -46,8 +51,9 @@ template <typename T> float read(uint64_t descriptor, uint32_t offset) {
     }
     const uint32_t plain = (descriptor & 0x3fff) * 16 + offset;
     const uint32_t address = plain ^ (plain >> 7 & 7) << 4;
-    if (landed[address / 16] > fiber().published) {
-        std::fprintf(stderr, "emulator: the tensor cores read %u, which nobody published\n", address);
+    const Chunk &chunk = chunks[address / 16];
+    if (chunk.writer == ENGINE ? chunk.landed > fiber().awaited : !chunk.published) {
+        std::fprintf(stderr, "emulator: the tensor cores read %u, which nobody published or awaited\n", address);
         std::abort();
     }
     uint16_t bits;
