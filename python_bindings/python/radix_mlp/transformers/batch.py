@@ -219,16 +219,21 @@ def _join(values: NDArray[Any], starts: Int64, lengths: Int64) -> NDArray[Any]:
     return np.concatenate([values[:0], *(values[start : start + length] for start, length in pairs)])
 
 
-def packed_values(packed: Packed, values: Tensor) -> Tensor:
+def packed_values(packed: Packed, values: Tensor, *, after: int | None = None) -> Tensor:
     """Those of `values` [sequences, length] that belong to tokens, [N] on the CPU.
+
+    With `after` each token gets the value of the next place in its row, and `after` at the row's end.
 
     Raises ValueError for another shape, TypeError for what are not integers.
     """
     values = values.unsqueeze(0) if values.ndim == 1 else values
     if values.shape != packed.shape:
         raise ValueError(f"labels must be {list(packed.shape)} like input_ids, got shape {tuple(values.shape)}")
+    rows = _to_host({"labels": values})["labels"].reshape(packed.shape)
+    if after is not None:
+        rows = np.pad(rows[:, 1:], ((0, 0), (0, 1)), constant_values=after)
     lengths = packed.offsets[1:] - packed.offsets[:-1]
-    return torch.from_numpy(_join(_to_host({"labels": values})["labels"], packed.starts, lengths))
+    return torch.from_numpy(_join(rows.reshape(-1), packed.starts, lengths))
 
 
 def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_of: int | None = None) -> Batch:

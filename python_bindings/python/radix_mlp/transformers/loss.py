@@ -29,7 +29,7 @@ def labels_of_tokens(batch: Batch, labels: Tensor, shift_labels: Tensor | None, 
     `labels` [sequences, length] are those of the tokens themselves, `shift_labels` those of the tokens after them.
     """
     if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return packed_values(batch.packed, labels, after=ignore_index)
     return packed_values(batch.packed, shift_labels)
 
 
