@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from radix_mlp import Fold
 from radix_mlp.transformers import UnsupportedModelError, fold, folded, unfold
 from radix_mlp.transformers import folding as folding_module
 from radix_mlp.transformers.batch import Batch
@@ -329,6 +330,17 @@ def test_graphs_need_cuda(model: Any) -> None:
     with pytest.raises(ValueError, match="cuda_graphs needs a CUDA device"):
         fold(model, cuda_graphs=True)
     assert "forward" not in vars(model)
+
+
+def test_graphs_refuse_what_the_tree_kernel_does() -> None:
+    pytest.importorskip("triton")
+    from radix_mlp.transformers.graphs import GraphAttention
+
+    attend = GraphAttention(Fold.from_sequences([[1, 2], [1, 3]], layout="depth_first"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = (torch.zeros(3, heads, 16, device=device) for heads in (65, 1))
+    with pytest.raises(UnsupportedModelError, match="CUDA graphs attend by the tree kernel, which takes up to 64"):
+        attend(q, k, k, None, None, None)
 
 
 def test_training_makes_no_logits_of_the_batch(model: Any, batch: dict[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ def attention(
         backend = pick_backend(q, k, v, fold, softcap=softcap, window=window)
     elif backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    elif problem := _unsupported(backend, q, k, v, fold, softcap):
+    elif problem := unsupported(backend, q, k, v, fold, softcap):
         raise ValueError(f"backend {backend!r} {problem}")
     if fold.num_nodes == 0:
         return q.new_zeros(*q.shape[:2], v.shape[-1])
@@ -94,8 +94,8 @@ def pick_backend(
     key = ("backend", q.device, q.dtype, heads, kv_heads, head_dim, v.shape[-1], softcap is None, window, training)
 
     def pick() -> Backend:
-        tree = not _unsupported("tree", q, k, v, fold, softcap)
-        folded = not _unsupported("query_folded", q, k, v, fold, softcap)
+        tree = not unsupported("tree", q, k, v, fold, softcap)
+        folded = not unsupported("query_folded", q, k, v, fold, softcap)
         if not tree or not folded:
             return "tree" if tree else "query_folded" if folded else "sequential"
         if training:
@@ -130,7 +130,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, window: int | None) -> N
         raise ValueError(f"window must be positive, got {window}")
 
 
-def _unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, softcap: float | None) -> str | None:
+def unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, softcap: float | None) -> str | None:
     """Why `backend` cannot run on this, None where it can."""
     head_dim = q.shape[-1]
     if backend == "sequential":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from radix_mlp.fold import Fold
+from radix_mlp.torch.dispatch import unsupported
 from radix_mlp.torch.fold import pack, packed_size, sections
 from radix_mlp.torch.tree import tree_attention
 from radix_mlp.torch.tree_mask import TreeMask, forward_tiles, tree_arrays
@@ -37,6 +38,8 @@ class GraphAttention:
         self.calls += 1
         self.windows.add(window)
         if window not in self.masks:
+            if problem := unsupported("tree", q, k, v, self.fold, softcap):
+                raise UnsupportedModelError(f"CUDA graphs attend by the tree kernel, which {problem}")
             self._add(q, k, window)
         mask, _, _ = self.masks[window]
         return tree_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
