@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 
 from gpu_forward.batches import Batch
 from gpu_forward.models import padded, twin
+from gpu_forward.targets import OTHER_SIZES
 from radix_mlp.transformers import folded
 
 # What float32 computes in seconds.
 MAX_TOKENS = 16_384
 SAMPLED = 4096
+# Tokens of a sequence more, in front of the others: no multiple of a kernel's blocks, so that theirs begin elsewhere.
+MORE = 37
 # Qwen3's tokens, between which Qwen3-Reranker decides.
 YES, NO = 9693, 2152
 
@@ -26,42 +29,52 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
     larger logit of yes minus no ("pairs").
     """
     kept = first(batch)
-    whole = len(kept)
-    # One kernel at every size, that of the column `none`: another one would flip decisions of its own.
-    varlen = "query_folded" if model.device.type == "cuda" else None
-
-    def unfolded(size: int) -> Tensor:
-        return folded_states(model, kept, "none", size, backend=varlen)
-
-    sizes = {"half a batch": -(-whole // 2), "a quarter": -(-whole // 4), "two at a time": 2, "one at a time": 1}
-    precise: Any = copy.deepcopy(model)
-    computed = {"float32": states(precise.float(), kept, 1), "none": unfolded(whole)}
-    del precise
-    computed |= {name: unfolded(size) for name, size in sizes.items()}
-    computed["full"] = folded_states(model, kept, "full", whole)
-    # What another kernel decides of every copy, and what the same one decides of the folded batch.
-    computed["padded"] = states(model, kept, whole)
-    by_tree: dict[str, Tensor] = {}
-    if model.device.type == "cuda":
-        computed["query_folded"] = folded_states(model, kept, "full", whole, backend="query_folded")
-        # The kernel that `full` picks, of every copy too: what differs then is the fold, or the size, alone.
-        for name, size in {"none": whole, **sizes}.items():
-            by_tree[f"tree {name}"] = folded_states(model, kept, "none", size, backend="tree")
-        by_tree["tree full"] = folded_states(model, kept, "full", whole, backend="tree")
-    others = [name for name in ("full", "padded", "query_folded") if name in computed]
-    decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in (computed | by_tree).items()}
+    made = computed(model, kept)
+    decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in made.items()}
+    ways = [name for name in ("full", "padded", "query_folded", *OTHER_SIZES) if name in made]
+    by_tree = [name for name in made if name.startswith("tree ") and name != "tree none"]
 
     def differ(one: str, other: str) -> dict[str, int]:
         return {kind: int((decisions[one][kind] != decisions[other][kind]).sum()) for kind in decisions[one]}
 
     return {
-        "sequences": whole,
+        "sequences": len(kept),
         "tokens": sum(map(len, kept)),
-        "decisions": {kind: len(made) for kind, made in decisions["none"].items()},
-        **{f"{name} from none": differ(name, "none") for name in (*others, *sizes)},
-        **{f"{name} from tree none": differ(name, "tree none") for name in by_tree if name != "tree none"},
-        **{f"{name} from float32": differ(name, "float32") for name in ("none", *others)},
+        "decisions": {kind: len(found) for kind, found in decisions["none"].items()},
+        **{f"{name} from none": differ(name, "none") for name in ways},
+        **{f"{name} from tree none": differ(name, "tree none") for name in by_tree},
+        **{f"{name} from float32": differ(name, "float32") for name in ("none", *ways) if name not in OTHER_SIZES},
     }
+
+
+def computed(model: PreTrainedModel, kept: Batch) -> dict[str, Tensor]:
+    """The states of each way to compute `kept`."""
+    whole, on_gpu = len(kept), model.device.type == "cuda"
+    precise: Any = copy.deepcopy(model)
+    made = {"float32": states(precise.float(), kept, 1)}
+    del precise
+    # FlashAttention is that of the column `none`.
+    made |= unfolded(model, kept, "query_folded" if on_gpu else None)
+    made["full"] = folded_states(model, kept, "full", whole)
+    # What another kernel decides of every copy, and what the same one decides of the folded batch.
+    made["padded"] = states(model, kept, whole)
+    if on_gpu:
+        made["query_folded"] = folded_states(model, kept, "full", whole, backend="query_folded")
+        # The kernel that `full` picks, of every copy too: what differs then is the fold, or the size, alone.
+        made |= {f"tree {name}": of_size for name, of_size in unfolded(model, kept, "tree").items()}
+        made["tree full"] = folded_states(model, kept, "full", whole, backend="tree")
+    return made
+
+
+def unfolded(model: PreTrainedModel, kept: Batch, backend: Any) -> dict[str, Tensor]:
+    """Of the whole batch ("none") and of OTHER_SIZES, by one kernel: another one would flip decisions of its own."""
+    whole = len(kept)
+    sizes = {"none": whole, "half a batch": -(-whole // 2), "a quarter": -(-whole // 4)}
+    sizes |= {"two at a time": 2, "one at a time": 1}
+    made = {name: folded_states(model, kept, "none", size, backend) for name, size in sizes.items()}
+    more = kept[0][:MORE]
+    made["one more"] = folded_states(model, [more, *kept], "none", whole + 1, backend)[len(more) :]
+    return made
 
 
 def first(batch: Batch) -> Batch:
