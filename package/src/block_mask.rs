@@ -119,6 +119,11 @@ impl BlockMask {
     pub fn partial(&self) -> &Csr {
         &self.partial
     }
+
+    /// What [`full`](Self::full) and [`partial`](Self::partial) borrow.
+    pub fn into_lists(self) -> [Csr; 2] {
+        [self.full, self.partial]
+    }
 }
 
 /// Rows `start..end` of which each is the only child of the one before: one `subtree_end` for all.

@@ -1,10 +1,9 @@
 //! The Python extension module `radix_mlp._core`: the core's types over NumPy arrays.
 
 use numpy::ndarray::ArrayView1;
-use numpy::{Element, IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
+use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::pyclass::{PyClass, boolean_struct::True};
 use radix_mlp::{Budget, FoldError, Layout};
 
 type Array<'py, T = u32> = Bound<'py, PyArray1<T>>;
@@ -19,22 +18,20 @@ fn rows(name: &str, count: i64) -> PyResult<usize> {
         .map_err(|_| PyValueError::new_err(format!("{name} must be positive, got {count}")))
 }
 
-/// A read-only NumPy view of what `values` borrows from `owner`, which it keeps alive.
-fn view<'py, P, T>(owner: &Bound<'py, P>, values: for<'a> fn(&'a P) -> &'a [T]) -> Array<'py, T>
-where
-    P: PyClass<Frozen = True> + Sync,
-    T: Element,
-{
-    let values = ArrayView1::from(values(owner.get()));
+/// A read-only NumPy view of what `values` borrows from `owner`, which it keeps alive; None where there is nothing.
+fn view<'py>(
+    owner: &Bound<'py, Fold>,
+    values: for<'a> fn(&'a radix_mlp::Fold) -> Option<&'a [u32]>,
+) -> Option<Array<'py>> {
+    let values = ArrayView1::from(values(&owner.get().0)?);
     // SAFETY: `values` borrows from `owner`, which is frozen, so that nothing moves or changes it,
     // and which the array holds a reference to. Nobody has seen the array while it is writable.
     let array = unsafe { PyArray1::borrow_from_array(&values, owner.clone().into_any()) };
     array.readwrite().make_nonwriteable();
-    array
+    Some(array)
 }
 
 #[pyfunction]
-#[pyo3(signature = (input_ids, position_ids, cu_seq_lengths, pad_multiple_of=None))]
 fn compute_fold_and_scatter<'py>(
     py: Python<'py>,
     input_ids: PyReadonlyArray1<'py, u32>,
@@ -63,7 +60,6 @@ fn compute_fold_and_scatter<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (input_ids, offsets, budget, unique))]
 fn plan_batches(
     py: Python<'_>,
     input_ids: PyReadonlyArray1<'_, u32>,
@@ -94,7 +90,6 @@ struct Fold(radix_mlp::Fold);
 #[pymethods]
 impl Fold {
     #[new]
-    #[pyo3(signature = (input_ids, position_ids, cu_seq_lengths, layout, pad_multiple_of, salts))]
     fn new(
         py: Python<'_>,
         input_ids: PyReadonlyArray1<'_, u32>,
@@ -159,53 +154,50 @@ impl Fold {
         self.0.gamma()
     }
     #[getter]
-    fn cu_seq_lengths<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
-        view(slf, |fold| fold.0.cu_seq_lengths())
+    fn cu_seq_lengths<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        view(slf, |fold| Some(fold.cu_seq_lengths()))
     }
     #[getter]
-    fn input_ids<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
-        view(slf, |fold| fold.0.input_ids())
+    fn input_ids<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        view(slf, |fold| Some(fold.input_ids()))
     }
     #[getter]
-    fn position_ids<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
-        view(slf, |fold| fold.0.position_ids())
+    fn position_ids<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        view(slf, |fold| Some(fold.position_ids()))
     }
     #[getter]
-    fn scatter_indices<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
-        view(slf, |fold| fold.0.scatter_indices())
+    fn scatter_indices<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        view(slf, |fold| Some(fold.scatter_indices()))
     }
     #[getter]
-    fn fold_gather<'py>(slf: &Bound<'py, Self>) -> Array<'py> {
-        view(slf, |fold| fold.0.fold_gather())
+    fn fold_gather<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
+        view(slf, |fold| Some(fold.fold_gather()))
     }
     #[getter]
     fn query_lengths<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        slf.get().0.query_lengths()?;
-        Some(view(slf, |fold| fold.0.query_lengths().unwrap_or_default()))
+        view(slf, radix_mlp::Fold::query_lengths)
     }
     #[getter]
     fn subtree_end<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        slf.get().0.subtree_end()?;
-        Some(view(slf, |fold| fold.0.subtree_end().unwrap_or_default()))
+        view(slf, radix_mlp::Fold::subtree_end)
     }
     #[getter]
     fn row_order<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        slf.get().0.row_order()?;
-        Some(view(slf, |fold| fold.0.row_order().unwrap_or_default()))
+        view(slf, radix_mlp::Fold::row_order)
     }
 
-    #[pyo3(signature = (query_block, key_block=None))]
-    fn block_mask(
+    /// Offsets and indices of the blocks that are seen whole, and of those that are seen in part.
+    fn block_mask<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         query_block: i64,
-        key_block: Option<i64>,
-    ) -> PyResult<BlockMask> {
+        key_block: i64,
+    ) -> PyResult<[(Array<'py, usize>, Array<'py>); 2]> {
         let query_block = rows("query_block", query_block)?;
-        let key_block = key_block.map_or(Ok(query_block), |count| rows("key_block", count))?;
-        py.detach(|| self.0.block_mask(query_block, key_block))
-            .map(BlockMask)
-            .map_err(value_error)
+        let key_block = rows("key_block", key_block)?;
+        let mask = py.detach(|| self.0.block_mask(query_block, key_block));
+        let lists = mask.map_err(value_error)?.into_lists();
+        Ok(lists.map(|csr| (csr.offsets.into_pyarray(py), csr.indices.into_pyarray(py))))
     }
 
     fn draw(&self, label: &Bound<'_, PyAny>) -> PyResult<String> {
@@ -224,39 +216,10 @@ impl Fold {
     }
 }
 
-#[pyclass(frozen)]
-struct BlockMask(radix_mlp::BlockMask);
-
-#[pymethods]
-impl BlockMask {
-    #[getter]
-    fn query_block(&self) -> usize {
-        self.0.query_block()
-    }
-    #[getter]
-    fn key_block(&self) -> usize {
-        self.0.key_block()
-    }
-    #[getter]
-    fn num_blocks(&self) -> usize {
-        self.0.num_blocks()
-    }
-    #[getter]
-    fn full<'py>(slf: &Bound<'py, Self>) -> (Array<'py, usize>, Array<'py>) {
-        let offsets = view(slf, |mask| &mask.0.full().offsets);
-        (offsets, view(slf, |mask| &mask.0.full().indices))
-    }
-    #[getter]
-    fn partial<'py>(slf: &Bound<'py, Self>) -> (Array<'py, usize>, Array<'py>) {
-        let offsets = view(slf, |mask| &mask.0.partial().offsets);
-        (offsets, view(slf, |mask| &mask.0.partial().indices))
-    }
-}
-
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{BlockMask, Fold, compute_fold_and_scatter, plan_batches};
+    use super::{Fold, compute_fold_and_scatter, plan_batches};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

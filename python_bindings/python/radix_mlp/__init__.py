@@ -6,9 +6,9 @@ its own, `radix_mlp.torch` first.
 
 from typing import TYPE_CHECKING, Any
 
-from radix_mlp._core import BlockMask, __version__
+from radix_mlp._core import __version__
 from radix_mlp.batching import plan_batches
-from radix_mlp.fold import Fold, compute_fold_and_scatter
+from radix_mlp.fold import BlockMask, Fold, compute_fold_and_scatter
 
 if TYPE_CHECKING:
     from radix_mlp.torch import compute_fold_and_scatter_torch as compute_fold_and_scatter_torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,6 +42,26 @@ def compute_fold_and_scatter(
     """
     batch = (input_ids, position_ids, cu_seq_lengths)
     return _call(_core.compute_fold_and_scatter, batch, pad_multiple_of)
+
+
+class BlockMask(NamedTuple):
+    """The mask of tree attention in blocks: which key blocks each query block sees whole, and which in part.
+
+    Query block b is the rows `b * query_block:(b + 1) * query_block`, the last one cut at the number of rows; key
+    blocks likewise. `full` and `partial` are compressed sparse rows `(offsets [num_blocks + 1], indices)`: the key
+    blocks of query block b are `indices[offsets[b]:offsets[b + 1]]`, ascending. A key block that is cut is one that is
+    seen in part. The form is that of FlexAttention's `BlockMask`.
+    """
+
+    query_block: int
+    key_block: int
+    full: _core.Csr
+    partial: _core.Csr
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of query blocks."""
+        return len(self.full[0]) - 1
 
 
 class Fold(_core.Fold):
@@ -208,6 +228,15 @@ class Fold(_core.Fold):
     @cached_property
     def _derived(self) -> dict[Hashable, Any]:
         return {}
+
+    def block_mask(self, query_block: int, key_block: int | None = None) -> BlockMask:  # type: ignore[override]
+        """The mask of tree attention, from a fold in depth-first layout, in blocks of so many rows.
+
+        `key_block` is `query_block` where it is not given. Raises ValueError for the other layout and for blocks that
+        are not positive.
+        """
+        key_block = query_block if key_block is None else key_block
+        return BlockMask(query_block, key_block, *super().block_mask(query_block, key_block))
 
     def draw(self, label: Callable[[list[int]], str] | None = None) -> str:
         """A picture of the trie in text, one line for each run of tokens that sequences share.
