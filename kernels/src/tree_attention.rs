@@ -92,6 +92,21 @@ impl TreeMask {
             ],
         })
     }
+
+    /// All arrays, in the order of the kernels' arguments.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn numbers(&self) -> [&Tensor; 6] {
+        let [full_offsets, full, partial_offsets, partial] = &self.lists;
+        let (subtree_end, depth) = (&self.subtree_end, &self.depth);
+        [
+            subtree_end,
+            depth,
+            full_offsets,
+            full,
+            partial_offsets,
+            partial,
+        ]
+    }
 }
 
 /// The offsets, as the kernels read them.

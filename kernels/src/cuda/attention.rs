@@ -1,10 +1,12 @@
+use std::ops::Deref;
+
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda_backend::cudarc::driver::{
-    DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaView, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
-use candle_core::{DType, Layout, Result, Tensor};
+use candle_core::{DType, Layout, Result, Storage, Tensor};
 
 use super::tensor_map::TensorMap;
 use super::{Binary, LOAD, tensor, unwritten, view};
@@ -114,6 +116,16 @@ fn loadable(x: &Tensor) -> Result<Tensor> {
     x.force_contiguous()
 }
 
+/// The elements of each.
+fn views<'a, T: CudaDType>(
+    tensors: &'a [(impl Deref<Target = Storage>, &Layout)],
+) -> Result<Vec<CudaView<'a, T>>> {
+    let views = tensors
+        .iter()
+        .map(|(storage, layout)| view(storage, layout));
+    views.collect()
+}
+
 fn multiprocessors(device: &CudaDevice) -> Result<u32> {
     let stream = device.cuda_stream();
     let count = stream
@@ -170,28 +182,10 @@ impl Attention<'_> {
         let asked_for = if self.lse { heads * rows } else { 1 };
         let mut denominators = unwritten::<f32>(device, asked_for)?;
 
-        let held = [q, k, v].map(Tensor::storage_and_layout);
-        let mut views = Vec::with_capacity(held.len());
-        for (storage, layout) in &held {
-            views.push(view::<T>(storage, layout)?);
-        }
-        let [full_offsets, full, partial_offsets, partial] = &self.mask.lists;
-        let TreeMask {
-            subtree_end, depth, ..
-        } = self.mask;
-        let numbers = [
-            subtree_end,
-            depth,
-            full_offsets,
-            full,
-            partial_offsets,
-            partial,
-        ];
-        let held_numbers = numbers.map(Tensor::storage_and_layout);
-        let mut number_views = Vec::with_capacity(held_numbers.len());
-        for (storage, layout) in &held_numbers {
-            number_views.push(view::<u32>(storage, layout)?);
-        }
+        let inputs = [q, k, v].map(Tensor::storage_and_layout);
+        let input_views = views::<T>(&inputs)?;
+        let numbers = self.mask.numbers().map(Tensor::storage_and_layout);
+        let number_views = views::<u32>(&numbers)?;
         let tiles = u32::try_from(rows.div_ceil(query_block(self.mask.group)))?;
         let kv_heads = sizes.heads / sizes.group;
         let items = u32::try_from(u64::from(tiles) * u64::from(kv_heads))?;
@@ -201,7 +195,7 @@ impl Attention<'_> {
             false => None,
         };
         // Each with a guard by which the stream learns that it is no longer read.
-        let addresses: Vec<_> = views.iter().map(|x| x.device_ptr(&stream)).collect();
+        let addresses: Vec<_> = input_views.iter().map(|x| x.device_ptr(&stream)).collect();
         let maps = match kernel.is_for_hopper {
             true => self.maps([q, k, v], addresses.iter().map(|(address, _)| *address))?,
             false => Vec::new(),
@@ -212,7 +206,7 @@ impl Attention<'_> {
             launch.arg(map);
         }
         if maps.is_empty() {
-            for view in &views {
+            for view in &input_views {
                 launch.arg(view);
             }
         }
