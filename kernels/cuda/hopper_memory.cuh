@@ -82,7 +82,7 @@ template <int HEAD_DIM> struct Memory {
     }
 };
 
-// What is the same for all roles. The maps' boxes are of 64 columns: a tile's queries, a block's keys and values. `next`
+// What is the same for all roles. The maps' boxes have 64 columns of a tile's queries, of a block's keys or values. `next`
 // is how many items were asked for, beside the first of each block.
 template <typename T> struct Given {
     const CUtensorMap &q, &k, &v;

@@ -1,10 +1,10 @@
 // Tree attention for GPUs of compute capability 9.0, on the tensor cores that read their factors from shared memory, in
 // the manner of FlashAttention-3 (arXiv 2407.08608): see tree_attention.cuh.
 //
-// A block stays on its multiprocessor and computes one item, a tile of a key head, after the other. Two of its warps
-// only have the copy engine load, ahead of those that compute, and leave most registers to them. Each of two warpgroups has 64 of the tile's
-// queries. While it computes the softmax of one step of keys, the tensor cores have its products of the step before
-// with the values, or the other warpgroup's products.
+// A block stays on its multiprocessor and computes one item, a tile of a key head, after the other. Two of its warps have
+// the copy engine load, ahead of those that compute, and leave most registers to them. Each of two warpgroups has 64 of
+// the tile's queries. While it computes the softmax of one step of keys, the tensor cores have its products of the step
+// before with the values, or the other warpgroup's products.
 
 #include <hopper_load.cuh>
 #include <warpgroup.cuh>
