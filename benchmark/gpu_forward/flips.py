@@ -15,8 +15,10 @@ from radix_mlp.transformers import folded
 # What float32 computes in seconds.
 MAX_TOKENS = 16_384
 SAMPLED = 4096
-# Tokens of a sequence more, in front of the others: no multiple of a kernel's blocks, so that theirs begin elsewhere.
-MORE = 37
+# With a sequence more in front, of so many tokens: no multiple of a kernel's blocks, so that those of all others begin
+# elsewhere. It is counted, and sets no limit.
+ONE_MORE, MORE = "one more", 37
+FROM_FLOAT32 = ("full", "padded", "query_folded")
 # Qwen3's tokens, between which Qwen3-Reranker decides.
 YES, NO = 9693, 2152
 
@@ -31,7 +33,7 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
     kept = first(batch)
     made = computed(model, kept)
     decisions = {name: decide(of_way, model, kept, pairs=pairs) for name, of_way in made.items()}
-    ways = [name for name in ("full", "padded", "query_folded", *OTHER_SIZES) if name in made]
+    ways = [name for name in (*FROM_FLOAT32, *OTHER_SIZES, ONE_MORE) if name in made]
     by_tree = [name for name in made if name.startswith("tree ") and name != "tree none"]
 
     def differ(one: str, other: str) -> dict[str, int]:
@@ -43,7 +45,7 @@ def flips(model: PreTrainedModel, batch: Batch, *, pairs: bool) -> dict[str, Any
         "decisions": {kind: len(found) for kind, found in decisions["none"].items()},
         **{f"{name} from none": differ(name, "none") for name in ways},
         **{f"{name} from tree none": differ(name, "tree none") for name in by_tree},
-        **{f"{name} from float32": differ(name, "float32") for name in ("none", *ways) if name not in OTHER_SIZES},
+        **{f"{name} from float32": differ(name, "float32") for name in ("none", *FROM_FLOAT32) if name in made},
     }
 
 
@@ -67,13 +69,13 @@ def computed(model: PreTrainedModel, kept: Batch) -> dict[str, Tensor]:
 
 
 def unfolded(model: PreTrainedModel, kept: Batch, backend: Any) -> dict[str, Tensor]:
-    """Of the whole batch ("none") and of OTHER_SIZES, by one kernel: another one would flip decisions of its own."""
+    """Of the whole batch ("none"), OTHER_SIZES and ONE_MORE, by one kernel: others would flip decisions of their own."""
     whole = len(kept)
     sizes = {"none": whole, "half a batch": -(-whole // 2), "a quarter": -(-whole // 4)}
     sizes |= {"two at a time": 2, "one at a time": 1}
     made = {name: folded_states(model, kept, "none", size, backend) for name, size in sizes.items()}
     more = kept[0][:MORE]
-    made["one more"] = folded_states(model, [more, *kept], "none", whole + 1, backend)[len(more) :]
+    made[ONE_MORE] = folded_states(model, [more, *kept], "none", whole + 1, backend)[len(more) :]
     return made
 
 

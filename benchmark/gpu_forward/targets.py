@@ -20,7 +20,7 @@ UNSHARED = ("unshared", "unshared graphs")
 SMALL = 8000
 KINDS_OF_DECISIONS = ("last", "sampled", "pairs")
 # Batch sizes at which `none` decides otherwise than at the whole batch.
-OTHER_SIZES = ("half a batch", "a quarter", "two at a time", "one at a time", "one more")
+OTHER_SIZES = ("half a batch", "a quarter", "two at a time", "one at a time")
 # What the fold flips and what a size does: the kernel that `full` picks against FlashAttention of `none`, then with one
 # kernel on both sides.
 COMPARED = {

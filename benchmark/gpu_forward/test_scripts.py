@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_forward.flips import ONE_MORE
 from gpu_forward.targets import OTHER_SIZES
 
 BENCHMARK = Path(__file__).resolve().parents[1]
@@ -46,8 +47,8 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert row["flips"]["decisions"]["last"] == row["sequences"]
         compared = {name: counts["last"] for name, counts in row["flips"].items() if " from " in name}
         ways = {"full", "padded"} | ({"query_folded"} if torch.cuda.is_available() else set())
-        by_tree = ("full", *OTHER_SIZES) if torch.cuda.is_available() else ()
-        expected = {f"{way} from none" for way in (*ways, *OTHER_SIZES)}
+        by_tree = ("full", *OTHER_SIZES, ONE_MORE) if torch.cuda.is_available() else ()
+        expected = {f"{way} from none" for way in (*ways, *OTHER_SIZES, ONE_MORE)}
         expected |= {f"tree {way} from tree none" for way in by_tree}
         assert compared.keys() == expected | {f"{way} from float32" for way in (*ways, "none")}
         assert max(compared.values()) <= row["sequences"]
