@@ -69,7 +69,7 @@ def computed(model: PreTrainedModel, kept: Batch) -> dict[str, Tensor]:
 
 
 def unfolded(model: PreTrainedModel, kept: Batch, backend: Any) -> dict[str, Tensor]:
-    """Of the whole batch ("none"), OTHER_SIZES and ONE_MORE, by one kernel: others would flip decisions of their own."""
+    """Of the whole batch ("none"), OTHER_SIZES and ONE_MORE, by one kernel: others would flip their own decisions."""
     whole = len(kept)
     sizes = {"none": whole, "half a batch": -(-whole // 2), "a quarter": -(-whole // 4)}
     sizes |= {"two at a time": 2, "one at a time": 1}
