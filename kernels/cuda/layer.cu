@@ -69,6 +69,22 @@ __device__ void add_rms_norm(const Eight<T> *x, const Eight<T> *delta, const Eig
     }
 }
 
+// Radians from one position to the next, for each pair of elements that are rotated together.
+struct Frequencies {
+    float at[128];
+};
+
+// Of all rows and pairs, `count`, at the rows' positions: an angle is rounded before its cosine and sine are taken.
+__device__ void angles(const uint32_t *positions, const Frequencies &frequencies, float *cos, float *sin, uint64_t count,
+                       uint32_t pairs) {
+    const uint64_t at = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at < count) {
+        const float angle = float(positions[at / pairs]) * frequencies.at[at % pairs];
+        cos[at] = cosf(angle);
+        sin[at] = sinf(angle);
+    }
+}
+
 // Of the heads [rows, all_heads, 8 * pieces], the first q_heads are normed by q_weight [8 * pieces], the next kv_heads by
 // k_weight, and both rotated by the angles whose cosines and sines [rows, 4 * pieces] are given, as Qwen3 does: element
 // i < 4 * pieces with element i + 4 * pieces. A block has one row; `lanes` neighbours, a power of two that is not less than
@@ -136,6 +152,11 @@ __device__ void swiglu(const Eight<T> *gate_up, Eight<T> *out, uint64_t count, u
 }
 
 } // namespace
+
+extern "C" __global__ void rotary_angles(const uint32_t *positions, const __grid_constant__ Frequencies frequencies,
+                                         float *cos, float *sin, uint64_t count, uint32_t pairs) {
+    angles(positions, frequencies, cos, sin, count, pairs);
+}
 
 #define LAYER(DTYPE, T)                                                                                              \
     extern "C" __global__ void add_rms_norm_##DTYPE(const Eight<T> *x, const Eight<T> *delta, const Eight<T> *weight, \

@@ -1,4 +1,4 @@
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::ops;
 use candle_nn::rotary_emb::rope;
 
@@ -46,10 +46,49 @@ pub fn add_rms_norm(
     Ok((sum, normed))
 }
 
+/// Cosines and sines of the angles by which rows are rotated, two tensors f32 \[rows, pairs\] on `device`: of
+/// `positions[row] * inverse_frequencies[pair]`, in f32 as transformers multiplies them (RoPE, arXiv 2104.09864). On CUDA
+/// of up to 128 pairs.
+///
+/// # Errors
+///
+/// [`KernelError::Shape`] for more pairs than that, and candle's.
+pub fn rotary_angles(
+    positions: &[u32],
+    inverse_frequencies: &[f32],
+    device: &Device,
+) -> Result<[Tensor; 2], KernelError> {
+    let (rows, pairs) = (positions.len(), inverse_frequencies.len());
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        if pairs > MOST_HEAD_DIM / 2 {
+            return Err(KernelError::Shape {
+                name: "inverse_frequencies",
+                expected: format!("[up to {}] on CUDA", MOST_HEAD_DIM / 2),
+                found: pairs.into(),
+            });
+        }
+        if rows * pairs == 0 {
+            let nothing = Tensor::zeros((rows, pairs), DType::F32, &Device::Cpu)?;
+            return Ok([nothing.clone(), nothing]);
+        }
+        return Ok(crate::cuda::rotary_angles(
+            positions,
+            inverse_frequencies,
+            device,
+        )?);
+    }
+    let positions: Vec<f32> = positions.iter().map(|&position| position as f32).collect();
+    let positions = Tensor::from_vec(positions, (rows, 1), device)?;
+    let frequencies = Tensor::from_slice(inverse_frequencies, (1, pairs), device)?;
+    let angles = positions.broadcast_mul(&frequencies)?;
+    Ok([angles.cos()?, angles.sin()?])
+}
+
 /// Queries and keys as Qwen3 attends to them. Of `heads` \[rows, all heads, head_dim\], the first `counts[0]` are normed
 /// with `weights[0]` \[head_dim\], the `counts[1]` after them with `weights[1]`, as by [`add_rms_norm`], and both are
 /// rotated: element i with element i + head_dim / 2, by angles whose cosines and sines are `angles`, f32
-/// \[rows, head_dim / 2\] (RoPE, arXiv 2104.09864, in the order of transformers' `rotate_half`). Returns both in one
+/// \[rows, head_dim / 2\], as [`rotary_angles`] gives them (RoPE, arXiv 2104.09864, in the order of transformers' `rotate_half`). Returns both in one
 /// tensor, \[rows, counts\[0\] + counts\[1\], head_dim\]. On CUDA f16 and bf16, and head_dim a multiple of 8 up to 256.
 ///
 /// # Errors

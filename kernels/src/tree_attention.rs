@@ -1,4 +1,6 @@
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -25,6 +27,9 @@ pub struct Lists<'a> {
     pub blocks: &'a [u32],
 }
 
+/// Launches of a kernel that find a counter in their mask: more than a model has layers.
+const COUNTERS: usize = 128;
+
 /// What attention needs to know of a batch: row q sees row k if and only if `k <= q < subtree_end[k]` and, with a window,
 /// `depth[q] - depth[k] < window`.
 #[derive(Clone, Debug)]
@@ -38,6 +43,15 @@ pub struct TreeMask {
     pub(crate) depth: Tensor,
     /// Offsets and blocks of the lists of blocks that are seen whole, then in part, u32.
     pub(crate) lists: [Tensor; 4],
+    counters: Counters,
+}
+
+/// By which launches count, each by its own.
+#[derive(Clone, Debug)]
+struct Counters {
+    /// u32 \[COUNTERS\].
+    zeros: Tensor,
+    taken: Arc<AtomicUsize>,
 }
 
 impl TreeMask {
@@ -73,24 +87,54 @@ impl TreeMask {
                 format!("a window needs a size and {rows} depths, got {size} and {depths}");
             return Err(KernelError::Mask(message));
         }
-        // CUDA has no allocations of nothing.
-        let tensor = |values: &[u32]| match values {
-            [] => Tensor::zeros(1, DType::U32, device),
-            _ => Tensor::from_slice(values, values.len(), device),
+        let depth = window.map_or(&[][..], |(_, depth)| depth);
+        let [full_offsets, partial_offsets] = &offsets;
+        let zeros = &[0; COUNTERS];
+        // One transfer: each takes longer to begin than all of them to do.
+        let arrays = [
+            subtree_end,
+            depth,
+            full_offsets,
+            full.blocks,
+            partial_offsets,
+            partial.blocks,
+            zeros,
+        ];
+        let together = Tensor::new(arrays.concat(), device)?;
+        let mut start = 0;
+        let mut next = |array: &[u32]| {
+            start += array.len();
+            together.narrow(0, start - array.len(), array.len())
         };
         Ok(Self {
             rows,
             group,
             window: window.map(|(size, _)| size),
-            subtree_end: tensor(subtree_end)?,
-            depth: tensor(window.map_or(&[], |(_, depth)| depth))?,
+            subtree_end: next(subtree_end)?,
+            depth: next(depth)?,
             lists: [
-                tensor(&offsets[0])?,
-                tensor(full.blocks)?,
-                tensor(&offsets[1])?,
-                tensor(partial.blocks)?,
+                next(full_offsets)?,
+                next(full.blocks)?,
+                next(partial_offsets)?,
+                next(partial.blocks)?,
             ],
+            counters: Counters {
+                zeros: next(zeros)?,
+                taken: Arc::default(),
+            },
         })
+    }
+
+    /// A zero on the mask's device, u32 \[1\], that nobody else has.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(dead_code, reason = "only launches on CUDA count")
+    )]
+    pub(crate) fn counter(&self) -> candle_core::Result<Tensor> {
+        match self.counters.taken.fetch_add(1, Ordering::Relaxed) {
+            at @ ..COUNTERS => self.counters.zeros.narrow(0, at, 1),
+            _ => Tensor::zeros(1, DType::U32, self.counters.zeros.device()),
+        }
     }
 
     /// All arrays, in the order of the kernels' arguments.

@@ -190,10 +190,15 @@ impl Attention<'_> {
         let kv_heads = sizes.heads / sizes.group;
         let items = u32::try_from(u64::from(tiles) * u64::from(kv_heads))?;
         // A launch's own: threads may launch with one mask at once, and candle's default stream is another in each.
-        let mut next = match kernel.is_for_hopper {
-            true => Some(device.alloc_zeros::<u32>(1)?),
+        let next = match kernel.is_for_hopper {
+            true => Some(self.mask.counter()?),
             false => None,
         };
+        let counter = next.as_ref().map(Tensor::storage_and_layout);
+        let counter = counter
+            .as_ref()
+            .map(|(storage, layout)| view::<u32>(storage, layout));
+        let counter = counter.transpose()?;
         // Each with a guard by which the stream learns that it is no longer read.
         let addresses: Vec<_> = input_views.iter().map(|x| x.device_ptr(&stream)).collect();
         let maps = match kernel.is_for_hopper {
@@ -219,9 +224,9 @@ impl Attention<'_> {
             launch.arg(view);
         }
         launch.arg(&sizes);
-        let grid_dim = match &mut next {
-            Some(next) => {
-                launch.arg(&tiles).arg(&items).arg(next);
+        let grid_dim = match &counter {
+            Some(counter) => {
+                launch.arg(&tiles).arg(&items).arg(counter);
                 (items.min(multiprocessors(device)?), 1, 1)
             }
             None => (tiles, kv_heads, 1),
@@ -278,8 +283,10 @@ impl Attention<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Lists, cuda_device};
+    use candle_core::Device;
     use radix_mlp::{Fold, Layout};
+
+    use crate::{Lists, cuda_device};
 
     /// Forty completions of a prompt, in depth-first order.
     fn fold() -> Fold {
@@ -290,42 +297,93 @@ mod tests {
         builder.build().unwrap()
     }
 
-    /// What the kernel for all GPUs computes and what Hopper's does differ by the order of sums: bfloat16 has 8 bits.
-    #[test]
-    #[ignore = "needs a Hopper GPU"]
-    fn kernels_agree() {
-        let (device, fold) = (cuda_device(0).unwrap(), fold());
+    fn mask(fold: &Fold, device: &Device) -> TreeMask {
         let blocks = fold.block_mask(query_block(2), KEY_BLOCK).unwrap();
         let lists = [blocks.full(), blocks.partial()].map(|lists| Lists {
             offsets: &lists.offsets,
             blocks: &lists.indices,
         });
         let subtree_end = fold.subtree_end().unwrap();
-        let mask = TreeMask::new(subtree_end, lists, 2, None, &device).unwrap();
+        TreeMask::new(subtree_end, lists, 2, None, device).unwrap()
+    }
+
+    /// So many heads that each block of Hopper's kernel has several tiles.
+    fn inputs(rows: usize, head_dim: usize, device: &Device) -> [Tensor; 3] {
+        [16, 8, 8].map(|heads| {
+            let x = Tensor::randn(0_f32, 1_f32, (rows, heads, head_dim), device);
+            x.unwrap().to_dtype(DType::BF16).unwrap()
+        })
+    }
+
+    fn run(kernel: Kernel, mask: &TreeMask, inputs: &[Tensor; 3]) -> [Tensor; 2] {
+        let attention = Attention {
+            kernel,
+            mask,
+            scale: 0.1,
+            softcap: None,
+            lse: true,
+        };
+        let (out, lse) = attention.of::<half::bf16>("bf16", inputs).unwrap();
+        [out.to_dtype(DType::F32).unwrap(), lse]
+    }
+
+    fn difference(a: &Tensor, b: &Tensor) -> f32 {
+        let largest = (a - b).unwrap().abs().unwrap().max_all().unwrap();
+        largest.to_scalar::<f32>().unwrap()
+    }
+
+    /// What the kernel for all GPUs computes and what Hopper's does differ by the order of sums: bfloat16 has 8 bits.
+    #[test]
+    #[ignore = "needs a Hopper GPU"]
+    fn kernels_agree() {
+        let (device, fold) = (cuda_device(0).unwrap(), fold());
+        let mask = mask(&fold, &device);
         for head_dim in [64, 128] {
-            let random = |heads| {
-                let x = Tensor::randn(0_f32, 1_f32, (fold.num_rows(), heads, head_dim), &device);
-                x.unwrap().to_dtype(DType::BF16).unwrap()
-            };
-            // So many heads that each block of Hopper's has several tiles.
-            let inputs = [random(16), random(8), random(8)];
-            let [(all, all_lse), (hopper, hopper_lse)] = [FOR_ALL, FOR_HOPPER].map(|kernel| {
-                let attention = Attention {
-                    kernel,
-                    mask: &mask,
-                    scale: 0.1,
-                    softcap: None,
-                    lse: true,
-                };
-                attention.of::<half::bf16>("bf16", &inputs).unwrap()
-            });
-            let difference = |a: &Tensor, b: &Tensor| {
-                let [a, b] = [a, b].map(|x| x.to_dtype(DType::F32).unwrap());
-                let largest = (a - b).unwrap().abs().unwrap().max_all().unwrap();
-                largest.to_scalar::<f32>().unwrap()
-            };
+            let inputs = inputs(fold.num_rows(), head_dim, &device);
+            let [(all, all_lse), (hopper, hopper_lse)] =
+                [FOR_ALL, FOR_HOPPER].map(|kernel| run(kernel, &mask, &inputs).into());
             assert!(difference(&all, &hopper) < 3e-2);
             assert!(difference(&all_lse, &hopper_lse) < 1e-4);
         }
+    }
+
+    /// More launches than a mask has counters.
+    #[test]
+    #[ignore = "needs a Hopper GPU"]
+    fn a_mask_serves_any_number_of_launches() {
+        let (device, fold) = (cuda_device(0).unwrap(), fold());
+        let mask = mask(&fold, &device);
+        let inputs = inputs(fold.num_rows(), 128, &device);
+        let [first, _] = run(FOR_HOPPER, &mask, &inputs);
+        for _ in 0..150 {
+            let [next, _] = run(FOR_HOPPER, &mask, &inputs);
+            assert_eq!(difference(&first, &next), 0.0);
+        }
+    }
+
+    /// Heads that are further apart than rows, and one that stands for all.
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn strides_do_not_matter() {
+        let (device, fold) = (cuda_device(0).unwrap(), fold());
+        let mask = mask(&fold, &device);
+        let [q, k, v] = inputs(fold.num_rows(), 128, &device);
+        let by_head = |x: &Tensor| {
+            let by_head = x.transpose(0, 1).unwrap().contiguous().unwrap();
+            by_head.transpose(0, 1).unwrap()
+        };
+        let one_for_all = |x: &Tensor| x.narrow(1, 0, 1).unwrap().expand(x.shape()).unwrap();
+        let output = |q: &Tensor, k: &Tensor, v: &Tensor| {
+            let (out, _) = tree_attention([q, k, v], &mask, 0.1, None, false).unwrap();
+            out.to_dtype(DType::F32).unwrap()
+        };
+        let expected = output(&q, &k, &v);
+        let found = output(&by_head(&q), &by_head(&k), &by_head(&v));
+        assert_eq!(difference(&expected, &found), 0.0);
+        let expected = output(&q, &k, &one_for_all(&v).contiguous().unwrap());
+        assert_eq!(
+            difference(&expected, &output(&q, &k, &one_for_all(&v))),
+            0.0
+        );
     }
 }

@@ -1,6 +1,6 @@
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Binary, contiguous, tensor, unwritten, view};
 
@@ -10,6 +10,8 @@ const MOST_THREADS: u32 = 1024;
 const THREADS: u32 = 256;
 /// Of those for each row of heads: few, so that many rows are under way on a multiprocessor.
 const ROW_THREADS: u32 = 128;
+/// As in layer.cu.
+const MOST_PAIRS: usize = 128;
 /// Elements of one load, or of two of half of them.
 const UNIT: usize = 8;
 
@@ -84,6 +86,43 @@ fn add_rms_norm_of<T: CudaDType + DeviceRepr>(
         None => x.clone(),
     };
     Ok((sum, normed))
+}
+
+/// The kernel's argument of the same name.
+#[repr(C)]
+struct Frequencies([f32; MOST_PAIRS]);
+
+// SAFETY: plain numbers, laid out as in layer.cu.
+unsafe impl DeviceRepr for Frequencies {}
+
+/// See [`crate::rotary_angles`]: of some positions, and up to [`MOST_PAIRS`] frequencies.
+pub fn rotary_angles(
+    positions: &[u32],
+    inverse_frequencies: &[f32],
+    device: &Device,
+) -> Result<[Tensor; 2]> {
+    let device = device.as_cuda_device()?;
+    let stream = device.cuda_stream();
+    let (rows, pairs) = (positions.len(), inverse_frequencies.len());
+    let function = Binary::Layer.function(device, "rotary_angles")?;
+    let positions = device.clone_htod(positions)?;
+    let mut cos = unwritten::<f32>(device, rows * pairs)?;
+    let mut sin = unwritten::<f32>(device, rows * pairs)?;
+    let mut frequencies = Frequencies([0.0; MOST_PAIRS]);
+    frequencies.0[..pairs].copy_from_slice(inverse_frequencies);
+    let count = (rows * pairs) as u64;
+    let pairs_of_row = u32::try_from(pairs)?;
+    let mut launch = stream.launch_builder(&function);
+    launch.arg(&positions).arg(&frequencies).arg(&mut cos);
+    launch.arg(&mut sin).arg(&count).arg(&pairs_of_row);
+    let config = LaunchConfig {
+        grid_dim: (u32::try_from(count.div_ceil(THREADS.into()))?, 1, 1),
+        block_dim: (THREADS, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    // SAFETY: the arguments are those of the kernel, and there are as many frequencies as it reads.
+    unsafe { launch.launch(config) }.w()?;
+    Ok([cos, sin].map(|table| tensor(table, device, (rows, pairs))))
 }
 
 /// See [`crate::norm_rope`], whose arguments have been checked.

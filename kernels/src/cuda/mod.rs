@@ -21,7 +21,7 @@ use candle_core::{CudaStorage, Device, Layout, Result, Shape, Storage, Tensor, b
 
 pub use attention::tree_attention;
 pub use gather::gather;
-pub use layer::{add_rms_norm, norm_rope, swiglu};
+pub use layer::{add_rms_norm, norm_rope, rotary_angles, swiglu};
 
 /// Bytes that the kernels load at once.
 const LOAD: usize = 16;

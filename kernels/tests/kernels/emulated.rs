@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use libloading::{Library, Symbol};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use radix_mlp_kernels::{Ids, add_rms_norm, gather, norm_rope, query_block, swiglu};
+use radix_mlp_kernels::{Ids, add_rms_norm, gather, norm_rope, query_block, rotary_angles, swiglu};
 
 const DTYPES: [DType; 2] = [DType::BF16, DType::F16];
 
@@ -337,6 +337,39 @@ fn rotations(library: &Library, dtype: DType) {
     }
 }
 
+fn angles(library: &Library) {
+    type Angles = unsafe extern "C" fn(u32, *const u32, *const f32, *mut f32, *mut f32, u64, u32);
+    for (rows, pairs) in [(1, 4), (9, 64), (5, 128)] {
+        let positions: Vec<u32> = (0..rows as u32).map(|row| row * row * 1600).collect();
+        // More follow that are not read.
+        let frequencies: Vec<f32> = (0..128).map(|at| 1.0 / (1 + at) as f32).collect();
+        let mut found = [vec![f32::NAN; rows * pairs], vec![f32::NAN; rows * pairs]];
+        let count = (rows * pairs) as u64;
+        let [cos, sin] = found.each_mut().map(|table| table.as_mut_ptr());
+        // SAFETY: the symbol has this type, and the arrays the sizes that the kernel is told.
+        unsafe {
+            let run: Symbol<'_, Angles> = library.get(b"emulate_rotary_angles").unwrap();
+            let (positions, frequencies) = (positions.as_ptr(), frequencies.as_ptr());
+            let blocks = count.div_ceil(256) as u32;
+            run(
+                blocks,
+                positions,
+                frequencies,
+                cos,
+                sin,
+                count,
+                pairs as u32,
+            );
+        }
+        let expected = rotary_angles(&positions, &frequencies[..pairs], &Device::Cpu).unwrap();
+        for (found, expected) in found.iter().zip(&expected) {
+            let found: Vec<f64> = found.iter().copied().map(f64::from).collect();
+            // Of two libraries.
+            assert!(difference(&found, &values(expected)) < 2e-7);
+        }
+    }
+}
+
 fn activations(library: &Library, dtype: DType) {
     type Swiglu = unsafe extern "C" fn(u32, u32, u32, *const u16, *mut u16, u64, u32);
     for (rows, width) in [(1, 8), (3, 64), (2, 2560)] {
@@ -450,6 +483,7 @@ fn kernels_compute_what_their_oracles_do() {
         return;
     };
     selections(&library);
+    angles(&library);
     for dtype in DTYPES {
         norms(&library, dtype);
         rotations(&library, dtype);

@@ -2,7 +2,7 @@
 
 use crate::common::{difference, drawn, values};
 use candle_core::{DType, Device, Tensor};
-use radix_mlp_kernels::{KernelError, add_rms_norm, norm_rope, swiglu};
+use radix_mlp_kernels::{KernelError, add_rms_norm, norm_rope, rotary_angles, swiglu};
 
 const EPSILON: f32 = 1e-5;
 
@@ -82,6 +82,24 @@ fn rotations(rows: usize, counts: [usize; 2], head_dim: usize, dtype: DType, dev
     );
 }
 
+/// Where RoPE's angles are largest the product with the frequency is rounded by 4e-3: it is part of the definition.
+fn angles(rows: usize, pairs: usize, device: &Device) {
+    let positions: Vec<u32> = (0..rows as u32).map(|row| row * 131_071 / 7).collect();
+    let exponents = (0..pairs).map(|pair| -(pair as f32) / pairs as f32);
+    let frequencies: Vec<f32> = exponents.map(|x| 1e6_f32.powf(x)).collect();
+    let tables = rotary_angles(&positions, &frequencies, device).unwrap();
+    for (table, f) in tables.iter().zip([f64::cos, f64::sin]) {
+        assert_eq!(table.dims(), [rows, pairs]);
+        let of = |&position: &u32| {
+            let angles = frequencies.iter().map(move |x| position as f32 * x);
+            angles.map(|angle| f(f64::from(angle)))
+        };
+        let expected: Vec<f64> = positions.iter().flat_map(of).collect();
+        let error = difference(&values(table), &expected);
+        assert!(error < 2e-7, "{rows}×{pairs}: {error:e}");
+    }
+}
+
 fn activations(rows: usize, width: usize, dtype: DType, device: &Device) {
     let gate_up = drawn(&[rows, 2 * width], 1, dtype);
     let gate_up = (gate_up * 4.0).unwrap().to_device(device).unwrap();
@@ -101,6 +119,9 @@ fn activations(rows: usize, width: usize, dtype: DType, device: &Device) {
 }
 
 fn all(dtypes: &[DType], device: &Device) {
+    for (rows, pairs) in [(1, 4), (7, 64), (8, 128)] {
+        angles(rows, pairs, device);
+    }
     for &dtype in dtypes {
         for (rows, width) in [(1, 8), (3, 64), (5, 1024), (2, 2560), (2, 12_288)] {
             norms(rows, width, dtype, device);

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use candle_core::{Device, Result, Tensor};
 use radix_mlp_kernels::{
     Ids, KEY_BLOCK, Lists, TreeMask, add_rms_norm, gather, index_select, norm_rope, query_block,
-    swiglu, tree_attention,
+    rotary_angles, swiglu, tree_attention,
 };
 
 use super::config::Qwen3Config;
@@ -30,14 +30,15 @@ pub(super) fn forward(
         // CUDA has no tensors of nothing.
         return Ok(Tensor::zeros((0, config.hidden_size), dtype, &Device::Cpu)?);
     }
-    let batch = Batch::new(config, fold, level, device)?;
+    let mut batch = Batch::new(config, fold, level, device)?;
     let mut states = index_select(&weights.embedding, &batch.input_ids)?;
     // What the last block adds to the states, which the next norm does.
     let mut added = None;
     for layer in &weights.layers {
         let eps = config.rms_norm_eps as f32;
         let (sum, normed) = add_rms_norm(&states, added.as_ref(), &layer.input_norm, eps)?;
-        let attended = attention(config, layer, &normed, &batch)?;
+        let qkv = linear(&normed, &layer.qkv)?;
+        let attended = attention(config, layer, &qkv, batch.paths(config, device)?)?;
         let (sum, normed) = add_rms_norm(&sum, Some(&attended), &layer.mlp_norm, eps)?;
         let activated = swiglu(&linear(&normed, &layer.gate_up)?)?;
         added = Some(linear(&activated, &layer.down)?);
@@ -51,26 +52,35 @@ pub(super) fn forward(
     }
 }
 
-/// What a batch is on the device: the same for all layers.
-struct Batch {
+/// The rows of a batch: the same for all layers.
+struct Batch<'f> {
+    fold: &'f Fold,
+    level: FoldLevel,
+    tree: Tree<'f>,
     input_ids: Ids,
+    positions: Vec<u32>,
+    paths: Option<Paths>,
+    /// Where the fold's rows are, if rows stand in another order.
+    rows_of_fold: Option<Ids>,
+}
+
+/// What attention needs to know of them, on the device.
+struct Paths {
     /// Cosines and sines, f32 \[rows, head_dim / 2\].
     angles: [Tensor; 2],
     mask: TreeMask,
     /// From compact to original space and back, at [`FoldLevel::Mlp`].
     expansion: Option<[Ids; 2]>,
-    /// Where the fold's rows are, if rows stand in another order.
-    rows_of_fold: Option<Ids>,
 }
 
-impl Batch {
+impl<'f> Batch<'f> {
     fn new(
         config: &Qwen3Config,
-        fold: &Fold,
+        fold: &'f Fold,
         level: FoldLevel,
         device: &Device,
     ) -> std::result::Result<Self, ModelError> {
-        let (nodes, tokens) = (fold.num_nodes(), fold.num_tokens());
+        let nodes = fold.num_nodes();
         let tree = depth_first(fold, level)?;
         let order = tree.order.as_deref();
         let in_order = |values: &[u32]| match order {
@@ -86,33 +96,50 @@ impl Batch {
                 [fold.input_ids(), fold.position_ids()].map(in_order)
             }
         };
-        let expansion = match level {
+        let rows_of_fold = order.map(|order| Ids::new(&inverse(order), nodes, device));
+        Ok(Self {
+            fold,
+            level,
+            input_ids: Ids::new(&ids, config.vocab_size, device)?,
+            positions,
+            paths: None,
+            rows_of_fold: rows_of_fold.transpose()?,
+            tree,
+        })
+    }
+
+    /// Made when the first layer asks for them: a GPU has its product of queries, keys and values to compute meanwhile.
+    fn paths(
+        &mut self,
+        config: &Qwen3Config,
+        device: &Device,
+    ) -> std::result::Result<&Paths, ModelError> {
+        let paths = match self.paths.take() {
+            Some(paths) => paths,
+            None => self.new_paths(config, device)?,
+        };
+        Ok(self.paths.insert(paths))
+    }
+
+    fn new_paths(
+        &self,
+        config: &Qwen3Config,
+        device: &Device,
+    ) -> std::result::Result<Paths, ModelError> {
+        let (nodes, tokens) = (self.fold.num_nodes(), self.fold.num_tokens());
+        let expansion = match self.level {
             FoldLevel::Mlp => Some([
-                Ids::new(fold.scatter_indices(), nodes, device)?,
-                Ids::new(&fold.fold_gather()[..nodes], tokens, device)?,
+                Ids::new(self.fold.scatter_indices(), nodes, device)?,
+                Ids::new(&self.fold.fold_gather()[..nodes], tokens, device)?,
             ]),
             FoldLevel::None | FoldLevel::Full => None,
         };
-        let rows_of_fold = order.map(|order| Ids::new(&inverse(order), nodes, device));
-        Ok(Self {
-            input_ids: Ids::new(&ids, config.vocab_size, device)?,
-            angles: angles(config, &positions, device)?,
-            mask: mask(config, &tree.subtree_end, device)?,
+        Ok(Paths {
+            angles: rotary_angles(&self.positions, &inverse_frequencies(config), device)?,
+            mask: mask(config, &self.tree.subtree_end, device)?,
             expansion,
-            rows_of_fold: rows_of_fold.transpose()?,
         })
     }
-}
-
-/// Where the rows are, a number each, is all that the device is sent.
-fn angles(config: &Qwen3Config, positions: &[u32], device: &Device) -> Result<[Tensor; 2]> {
-    // f32, as transformers multiplies them.
-    let positions: Vec<f32> = positions.iter().map(|&position| position as f32).collect();
-    let rows = positions.len();
-    let positions = Tensor::from_vec(positions, (rows, 1), device)?;
-    let frequencies = Tensor::new(inverse_frequencies(config), device)?.unsqueeze(0)?;
-    let angles = positions.broadcast_mul(&frequencies)?;
-    Ok([angles.cos()?, angles.sin()?])
 }
 
 /// The rows that attend to each other, as tree attention takes them.
@@ -173,28 +200,27 @@ fn mask(
     Ok(TreeMask::new(subtree_end, lists, group, None, device)?)
 }
 
-/// What attention adds to the states, \[rows, hidden\], of normed states.
+/// What attention adds to the states, \[rows, hidden\], of their queries, keys and values \[rows, all heads × head_dim\].
 fn attention(
     config: &Qwen3Config,
     layer: &LayerWeights,
-    normed: &Tensor,
-    batch: &Batch,
+    qkv: &Tensor,
+    paths: &Paths,
 ) -> Result<Tensor> {
     let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-    let qkv = linear(normed, &layer.qkv)?;
     let qkv = qkv.reshape(((), heads + 2 * kv_heads, config.head_dim))?;
     let weights = [&layer.q_norm, &layer.k_norm];
-    let angles = batch.angles.each_ref();
+    let angles = paths.angles.each_ref();
     let eps = config.rms_norm_eps as f32;
     let mut qk = norm_rope(&qkv, weights, angles, [heads, kv_heads], eps)?;
     let mut v = qkv.narrow(1, heads + kv_heads, kv_heads)?;
-    if let Some([scatter, _]) = &batch.expansion {
+    if let Some([scatter, _]) = &paths.expansion {
         [qk, v] = gather([&qk, &v], scatter)?;
     }
     let (q, k) = (qk.narrow(1, 0, heads)?, qk.narrow(1, heads, kv_heads)?);
     let scale = (config.head_dim as f32).sqrt().recip();
-    let mut attended = tree_attention(&q, &k, &v, &batch.mask, scale, None)?;
-    if let Some([_, gather]) = &batch.expansion {
+    let mut attended = tree_attention(&q, &k, &v, &paths.mask, scale, None)?;
+    if let Some([_, gather]) = &paths.expansion {
         attended = index_select(&attended, gather)?;
     }
     linear(&attended.flatten_from(1)?, &layer.output)

@@ -60,6 +60,11 @@ void emulate_add_rms_norm(uint32_t bf16, uint32_t rows, uint32_t threads, const 
     bf16 ? run(add_rms_norm_bf16) : run(add_rms_norm_f16);
 }
 
+void emulate_rotary_angles(uint32_t blocks, const uint32_t *positions, const Frequencies *frequencies, float *cos,
+                           float *sin, uint64_t count, uint32_t pairs) {
+    launch({blocks, 1, 1}, 256, [=] { rotary_angles(positions, *frequencies, cos, sin, count, pairs); });
+}
+
 void emulate_norm_rope(uint32_t bf16, uint32_t rows, uint32_t threads, const void *heads, const void *q_weight,
                        const void *k_weight, const void *cos, const void *sin, void *out, const uint32_t *sizes,
                        float epsilon) {
