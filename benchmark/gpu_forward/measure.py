@@ -1,14 +1,15 @@
 """How much transformers' Qwen3 gains from the fold on a GPU, in bfloat16 and last-token pooled.
 
-Times in alternation, on the same weights and token ids, which start on the CPU as a tokenizer gives them:
+Times in alternation, each column in its own steady state (steady.py), on the same weights and token ids, which start on
+the CPU as a tokenizer gives them:
 
 - padded: the model as it is (sdpa, one batch padded on the right);
 - none, mlp, full: the levels of radix_mlp.transformers.fold, `none` with FlashAttention's varlen kernel;
 - none graphs, full graphs: the same as CUDA graphs, for batches of which they compute few enough rows, and all with
   the tree kernel, which on unshared sequences is the faster one too;
 - unshared: `none` on a batch of as many random tokens as the fold leaves, in sequences of similar lengths, where
-  these are fewer than SMALL. It alternates with the folded ways alone ("beside_unshared"): beside columns that take
-  a hundred times as long there would be two rounds, each on a GPU that those have heated.
+  these are fewer than SMALL. It alternates with the folded ways alone ("beside_unshared"), which gives it more rounds
+  than beside columns that take a hundred times as long.
 
 "device_ms" is the time between two CUDA events around the call, "wall_ms" that until the device is done; the fold on
 the host lies within both. "peak_gib" is what the first call allocates beside the weights, its output included.
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from gpu_forward.targets import FOLDED, UNSHARED, targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import pick_backend  # noqa: E402
 from radix_mlp.transformers import UnsupportedModelError, fold  # noqa: E402
+from steady import SECONDS, settled  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_forward.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,11 +153,11 @@ def event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def measure(model: PreTrainedModel, batch: Batch, rounds: int) -> dict[str, Any]:
+def measure(model: PreTrainedModel, batch: Batch, rounds: int, seconds: float) -> dict[str, Any]:
     folded = Fold.from_sequences(batch, layout="depth_first")
     calls = columns(model, batch, folded)
     peaks, skipped, states = warm_up(calls)
-    times = alternate({name: call for name, call in calls.items() if name not in UNSHARED}, rounds)
+    times = alternate({name: call for name, call in calls.items() if name not in UNSHARED}, rounds, seconds)
     row = {
         "sequences": folded.num_sequences,
         "tokens": folded.num_tokens,
@@ -163,21 +166,25 @@ def measure(model: PreTrainedModel, batch: Batch, rounds: int) -> dict[str, Any]
         "backend": backend(model, folded),
         "fold_ms": round(fold_ms(batch), 4),
         **told(times),
+        "settling_seconds": seconds,
         "peak_gib": peaks,
         "skipped": skipped,
         "difference": differences(states),
     }
     if calls.keys() & set(UNSHARED):
         small = {name: calls[name] for name in (*FOLDED, *UNSHARED) if name in calls}
-        row["beside_unshared"] = told(alternate(small, rounds))
+        row["beside_unshared"] = told(alternate(small, rounds, seconds))
     return row
 
 
 Times = dict[str, dict[str, list[float]]]
 
 
-def alternate(calls: dict[str, Call], rounds: int) -> Times:
-    """Milliseconds of each call in each round by "device" and by "wall" clock; every other round goes backwards."""
+def alternate(calls: dict[str, Call], rounds: int, seconds: float) -> Times:
+    """Milliseconds of each call in each round by "device" and by "wall" clock; every other round goes backwards.
+
+    In a round a call has its medians over so many seconds, after as many of its own.
+    """
     times: Times = {clock: {name: [] for name in calls} for clock in ("device", "wall")}
     began = time.perf_counter()
     order = list(calls)
@@ -185,8 +192,9 @@ def alternate(calls: dict[str, Call], rounds: int) -> Times:
         if done >= MIN_ROUNDS and time.perf_counter() - began > MAX_SECONDS:
             break
         for name in order:
-            for clock, milliseconds in zip(times, timed(calls[name]), strict=True):
-                times[clock][name].append(milliseconds)
+            by_clock = zip(*settled(partial(timed, calls[name]), seconds), strict=True)
+            for clock, milliseconds in zip(times, by_clock, strict=True):
+                times[clock][name].append(statistics.median(milliseconds))
         order.reverse()
     return times
 
@@ -271,10 +279,11 @@ def main() -> None:
     given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11)
     record = Record(given.out, given.commit, ("shape", "batch"))
     batches = load(given.batches_file, given.only, smoke=given.smoke)
+    seconds = 0 if given.smoke else SECONDS
     for shape in given.shapes:
         model = random_model(shape, DEVICE)
         for name in tqdm(batches, desc=shape):
-            row = {"shape": shape, "batch": name} | measure(model, batches[name], given.rounds)
+            row = {"shape": shape, "batch": name} | measure(model, batches[name], given.rounds, seconds)
             release()
             if shape in ("tiny", "qwen3-0.6b"):
                 row["flips"] = flips(model, batches[name], pairs=name == "rerank")

@@ -7,8 +7,9 @@ state of the GPU. A time is that of several calls enqueued together, until the d
 - attention: of one layer in bfloat16; our tree kernel on every copy ("ours none") and on the folded batch ("ours
   full"), FlashAttention-2 on every copy ("flash none") and query-folded ("flash full"), FlexAttention ("flex") with
   prepared block lists;
-- model: last-token states of a Qwen3 of random weights, tokens to result; the Rust model at each level, "enqueued" is
-  when all kernels of `full` were launched; "torch none" is the model of train/, compiled, with FlashAttention.
+- model: last-token states of a Qwen3 of random weights, tokens to result, each way in its own steady state; the Rust
+  model at each level, "enqueued" is when all kernels of `full` were launched; "torch none" is the model of train/,
+  compiled, with FlashAttention. "mhz" is the clock that the GPU had at each way.
 
     make cuda-bundle    # where there is no GPU
     python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,9 @@ from gpu_forward.models import SHAPES  # noqa: E402
 from gpu_forward.record import Record  # noqa: E402
 from gpu_kernels.targets import targets  # noqa: E402
 from gpu_training.steps import own_model  # noqa: E402
+from machine import output_of  # noqa: E402
 from radix_torch_varlen import Batch as TorchBatch  # noqa: E402
+from steady import SECONDS, clock_rates, repeated  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_kernels.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +60,9 @@ CAUSAL = "16 x 4096, nothing shared"
 LEVELS = ("none", "mlp", "full")
 LONG_ENOUGH_SECONDS = 0.02
 MOST_CALLS = 200
+# A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
+MAX_SECONDS = 10
+MIN_ROUNDS = 2
 
 Row = dict[str, Any]
 
@@ -109,7 +116,10 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 def in_turn(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Medians over the rounds, in each of which every way is measured once."""
-    times = [{way: call() for way, call in ways.items()} for _ in range(rounds)]
+    times: list[dict[str, float]] = []
+    began = time.perf_counter()
+    while len(times) < min(rounds, MIN_ROUNDS) or (len(times) < rounds and time.perf_counter() - began < MAX_SECONDS):
+        times.append({way: call() for way, call in ways.items()})
     return {way: round(statistics.median(one[way] for one in times), 5) for way in ways}
 
 
@@ -165,7 +175,9 @@ def row_of_attention(program: Program, name: str, batch: Batch, heads: int, kv_h
 
 
 @torch.inference_mode()
-def rows_of_model(bundle: Path, shape: str, batches: dict[str, Batch], file: Path, rounds: int) -> list[Row]:
+def rows_of_model(
+    bundle: Path, shape: str, batches: dict[str, Batch], file: Path, rounds: int, seconds: float
+) -> Iterator[Row]:
     """The Rust process and torch's model share the GPU's memory: both keep their weights on it."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(SHAPES[shape].to_dict()))
@@ -173,18 +185,19 @@ def rows_of_model(bundle: Path, shape: str, batches: dict[str, Batch], file: Pat
             model = own_model(shape)
             model.backend = "query_folded" if DEVICE.type == "cuda" else None
             compiled = torch.compile(model, dynamic=True) if DEVICE.type == "cuda" else model
-            return [row_of_model(program, compiled, shape, name, batches[name], rounds) for name in batches]
+            for name, batch in batches.items():
+                yield row_of_model(program, compiled, shape, name, batch, rounds, seconds)
 
 
-def row_of_model(program: Program, compiled: Any, shape: str, name: str, batch: Batch, rounds: int) -> Row:
+def row_of_model(
+    program: Program, compiled: Any, shape: str, name: str, batch: Batch, rounds: int, seconds: float
+) -> Row:
     answers: dict[str, Row] = {}
+    mhz: dict[str, list[int]] = {}
 
-    def ours(level: str) -> Callable[[], float]:
-        def run() -> float:
-            answers[level] = program.ask(f"{name}\t{level}")
-            return 1e3 * float(answers[level]["seconds"])
-
-        return run
+    def ours(level: str) -> float:
+        answers[level] = program.ask(f"{name}\t{level}")
+        return 1e3 * float(answers[level]["seconds"])
 
     def theirs() -> float:
         synchronize()
@@ -194,9 +207,15 @@ def row_of_model(program: Program, compiled: Any, shape: str, name: str, batch: 
         compiled(packed)[ends].float().cpu()
         return 1e3 * (time.perf_counter() - start)
 
-    ways = {level: ours(level) for level in LEVELS} | {"torch none": theirs}
-    in_turn(ways, 1)
-    times = in_turn(ways, rounds)
+    def steady(way: str, step: Callable[[], float]) -> float:
+        repeated(step, seconds)
+        with clock_rates() as rates:
+            times = repeated(step, seconds)
+        mhz.setdefault(way, []).extend(rates)
+        return statistics.median(times)
+
+    steps: dict[str, Callable[[], float]] = {level: partial(ours, level) for level in LEVELS} | {"torch none": theirs}
+    times = in_turn({way: partial(steady, way, step) for way, step in steps.items()}, rounds)
     full = answers["full"]
     return {
         "part": "model",
@@ -207,7 +226,19 @@ def row_of_model(program: Program, compiled: Any, shape: str, name: str, batch: 
         "compression": round(full["tokens"] / full["nodes"], 4),
         "flop_compression": round(flop_compression(SHAPES[shape], batch, None), 4),
         "ms": times | {"enqueued": round(1e3 * full["enqueued_seconds"], 4)},
+        "settling_seconds": seconds,
+        "mhz": {way: round(statistics.median(rates)) for way, rates in mhz.items() if rates},
+        "limits": limits(),
     }
+
+
+def limits() -> dict[str, float]:
+    """What bounds the GPU's clock: its power limit in watts, and the highest clock in MHz."""
+    if DEVICE.type != "cuda":
+        return {}
+    query = "--query-gpu=enforced.power.limit,clocks.max.sm"
+    watts, mhz = output_of("nvidia-smi", query, "--format=csv,noheader,nounits").split(", ")
+    return {"watts": float(watts), "mhz": float(mhz)}
 
 
 def causal(scale: int) -> Batch:
@@ -253,8 +284,10 @@ def main() -> None:
                 for heads, kv_heads in HEADS[:1] if given.smoke else HEADS:
                     for name in tqdm(every, desc=f"attention, {heads}/{kv_heads}"):
                         record.add(row_of_attention(program, name, every[name], heads, kv_heads, given.rounds))
+        seconds = 0 if given.smoke else SECONDS
         for shape in given.shapes if "model" in parts else []:
-            for row in tqdm(rows_of_model(given.bundle, shape, batches, file, given.rounds), desc=shape):
+            rows = rows_of_model(given.bundle, shape, batches, file, given.rounds, seconds)
+            for row in tqdm(rows, desc=shape, total=len(batches)):
                 record.add(row)
     for row in record.result["rows"]:
         print(f"{row['part']:10}{row['shape']:12}{row['name']:40}{row['ms']}")

@@ -1,6 +1,6 @@
 """How much a training step gains from the fold on a GPU: forward, loss and backward of Qwen3 in bfloat16.
 
-Times in alternation, on the same weights and tokens:
+Times in alternation, each way in its own steady state (steady.py), on the same weights and tokens:
 
 - none, mlp, full: the levels of train/radix_torch_varlen.py, `none` and `mlp` with FlashAttention's varlen kernel;
 - transformers padded, padding-free: its own Qwen3 as people run it, with sdpa and FlexAttention;
@@ -42,6 +42,7 @@ from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpoint
 from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_torch_varlen import Qwen3  # noqa: E402
+from steady import SECONDS, settled  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_training.json"
 # Different batches, one after the other, that must cost no compilation.
@@ -111,7 +112,7 @@ def fits(own: Qwen3, groups: Groups) -> bool:
     return True
 
 
-def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int) -> Row:
+def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int, seconds: float) -> Row:
     losses, peaks, skipped = {}, {}, {}
     for name, step in list(ways.items()):
         try:
@@ -129,7 +130,7 @@ def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int) -> R
     began, done = time.perf_counter(), 0
     while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - began < MAX_SECONDS):
         for name, step in ways.items():
-            wall[name].append(timed_step(step, own))
+            wall[name].append(statistics.median(settled(partial(timed_step, step, own), seconds)))
         done += 1
     own.zero_grad(set_to_none=True)
     fold = Fold.from_sequences(groups.sequences)
@@ -139,6 +140,7 @@ def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int) -> R
         "compression": round(fold.compression, 4),
         "checkpointing": own.checkpointing,
         "rounds": done,
+        "settling_seconds": seconds,
         "wall_ms": medians(wall),
         "speedup": {
             name: round(statistics.median(a / b for a, b in zip(wall["none"], times, strict=True)), 4)
@@ -183,6 +185,7 @@ def show(row: Row) -> None:
 def main() -> None:
     given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b"], 7, ways=True)
     record = Record(given.out, given.commit, ("shape", "batch", "loss"))
+    seconds = 0 if given.smoke else SECONDS
     for shape in given.shapes:
         own = own_model(shape)
         print(f"{shape}: steps on different shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
@@ -196,7 +199,7 @@ def main() -> None:
                 row = {"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen}
                 fewer = flop_compression(SHAPES[shape], groups.sequences, groups.prompt if loss == "completions" else 0)
                 row["flop_compression"] = round(fewer, 4)
-                record.add(row := row | measure(chosen, own, groups, given.rounds))
+                record.add(row := row | measure(chosen, own, groups, given.rounds, seconds))
                 show(row)
         del own, theirs
         release()

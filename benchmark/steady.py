@@ -1,0 +1,57 @@
+"""Times of work in its own steady state, by which all benchmarks of whole steps on a GPU measure.
+
+A GPU at its power limit lowers its clocks, and raises them again some tenths of a second after work got lighter: a step
+that is timed right after another way's tells of that one's power. So each way is repeated until it meets its own clocks
+alone, and timed from then on.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TypeVar
+
+import torch
+
+# A way is repeated for so long before it is timed, and while it is.
+SECONDS = 0.4
+BETWEEN_SAMPLES = 0.01
+
+Result = TypeVar("Result")
+
+
+def settled(step: Callable[[], Result], seconds: float = SECONDS) -> list[Result]:
+    """What `step` returns each time for so many seconds, after as many of its own; at least one, after at least one."""
+    repeated(step, seconds)
+    return repeated(step, seconds)
+
+
+def repeated(step: Callable[[], Result], seconds: float) -> list[Result]:
+    start = time.perf_counter()
+    results = [step()]
+    while time.perf_counter() - start < seconds:
+        results.append(step())
+    return results
+
+
+@contextmanager
+def clock_rates() -> Iterator[list[int]]:
+    """The GPU's clock in MHz while the block runs, every hundredth of a second; empty where none can be asked."""
+    rates: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(BETWEEN_SAMPLES):
+            rates.append(torch.cuda.clock_rate())
+
+    thread = threading.Thread(target=sample)
+    # What torch asks NVML by.
+    if torch.cuda.is_available() and find_spec("pynvml"):
+        thread.start()
+    try:
+        yield rates
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
