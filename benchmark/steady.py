@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,3 +55,19 @@ def clock_rates() -> Iterator[list[int]]:
         done.set()
         if thread.ident:
             thread.join()
+
+
+def method(rows: list[dict[str, Any]]) -> str:
+    """A report's sentences on how its rows were timed; those from before steady states are named."""
+    settling = {row["settling_seconds"] for row in rows if "settling_seconds" in row}
+    told = [f"Each way is timed after {time:g} s of itself, so that it meets its own clocks." for time in settling]
+    older = []
+    for shape in sorted({row["shape"] for row in rows}):
+        own = [row for row in rows if row["shape"] == shape]
+        names = [str(row.get("batch", row.get("name"))) for row in own if "settling_seconds" not in row]
+        some = f" ({', '.join(names)})" if len(names) < len(own) else ""
+        if names:
+            older.append(shape.removeprefix("qwen3-").upper() + some)
+    if older:
+        told.append(f"Still timed right after another way, whose clocks they met: {', '.join(older)}.")
+    return " ".join(told)

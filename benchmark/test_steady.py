@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from steady import clock_rates, settled
+from steady import clock_rates, method, settled
 
 
 def test_a_step_is_timed_after_its_own_warmth() -> None:
@@ -32,3 +32,12 @@ def test_clock_rates_end_with_their_block() -> None:
     assert (seen > 0) == torch.cuda.is_available()
     time.sleep(0.05)
     assert len(rates) == seen
+
+
+def test_older_rows_are_named() -> None:
+    old, new = {"shape": "qwen3-4b", "batch": "rerank"}, {"shape": "qwen3-4b", "batch": "BBH", "settling_seconds": 0.4}
+    assert method([new]) == "Each way is timed after 0.4 s of itself, so that it meets its own clocks."
+    older = "Still timed right after another way, whose clocks they met: 4B"
+    assert method([old]) == f"{older}."
+    assert method([old, new]).endswith(f" {older} (rerank).")
+    assert method([]) == ""

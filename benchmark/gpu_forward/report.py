@@ -23,6 +23,7 @@ import gpu_training.targets  # noqa: E402
 from gpu_forward.checks import missed  # noqa: E402
 from gpu_forward.targets import FOLDED, OTHER_SIZES, UNFOLDED, fastest, pooled  # noqa: E402
 from readme import REPORT, RESULTS, write_sections  # noqa: E402
+from steady import method  # noqa: E402
 
 # Speed-ups over `none`, by their column's title.
 COLUMNS = {"padded": "padded", "mlp": "`mlp`", "full": "`full`", "full graphs": "`full`, graphs"}
@@ -55,7 +56,8 @@ def forward(result: Row) -> str:
         size = f"{row['tokens']:,} → {row['nodes']:,} | {row['compression']:.2f}"
         shape = row["shape"].removeprefix("qwen3-").upper()
         lines.append(f"| {row['batch']} | {size} | {shape} | {' | '.join(speeds)} | {best} |")
-    return "\n".join([*lines, "", flips(result["rows"]), "", missed(gpu_forward.targets.targets(result["rows"]))])
+    checks = missed(gpu_forward.targets.targets(result["rows"]))
+    return "\n".join([*lines, "", method(result["rows"]), "", flips(result["rows"]), "", checks])
 
 
 def ratio(slow: float | None, fast: float | None) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from gpu_forward.checks import missed
 from gpu_kernels.targets import targets
+from steady import method
 
 Row = dict[str, Any]
 
@@ -24,6 +25,7 @@ def section(result: Row) -> str:
         "result: speed-up over its own `none`, by how many times the fold lowers tokens and flops, and how fast `none` "
         "is over the same model in torch, compiled, with FlashAttention-2:",
         table(["batch", "Qwen3", "N/N'", "flops", "`mlp`", "`full`", "`full`, ms", "`none` over torch"], models(parts)),
+        clocks(parts["model"]),
         launches(parts["model"]),
         missed(targets(result["rows"])),
         "<details>\n<summary>Kernels alone</summary>",
@@ -39,6 +41,23 @@ def section(result: Row) -> str:
 def table(titles: list[str], lines: list[list[str]]) -> str:
     rows = [titles, ["---"] * len(titles), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def clocks(rows: list[Row]) -> str:
+    """How the model was timed, and what power left of the GPU's clock where that was sampled."""
+    sampled = [row for row in rows if row.get("mhz")]
+    told = [method(rows)]
+    if sampled:
+        limits = sampled[-1]["limits"]
+
+        def span(way: str) -> str:
+            rates = [row["mhz"][way] for row in sampled]
+            return f"{min(rates):,} to {max(rates):,} MHz at `{way}`"
+
+        told.append(
+            f"{limits['watts']:.0f} W left clocks of {span('none')} and {span('full')}, of {limits['mhz']:,.0f}."
+        )
+    return " ".join(told)
 
 
 def launches(rows: list[Row]) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from gpu_forward.checks import missed
 from gpu_training.targets import targets
+from steady import method
 
 Row = dict[str, Any]
 
@@ -36,4 +37,4 @@ def section(result: Row) -> str:
         fewer = [f"{row[key]:.2f}" for key in ("compression", "flop_compression")]
         cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]
         lines.append(f"| {' | '.join([*cells, *speeds, peaks])} |")
-    return "\n".join([intro, "", *lines, "", missed(targets(result["rows"]))])
+    return "\n".join([intro, "", *lines, "", method(result["rows"]), "", missed(targets(result["rows"]))])
