@@ -2,6 +2,7 @@
 // writes its rows once, 16 bytes at a time, and computes in float.
 
 #include <half.cuh>
+#include <launch.cuh>
 
 namespace {
 
@@ -32,7 +33,8 @@ __device__ float sum_of_block(float x) {
 template <typename T>
 __device__ void add_rms_norm(const Eight<T> *x, const Eight<T> *delta, const Eight<T> *weight, Eight<T> *sum,
                              Eight<T> *normed, uint32_t units, float epsilon) {
-    const uint64_t row = uint64_t(blockIdx.x) * units;
+    await_previous();
+    const uint64_t row = uint64_t(block_from_the_end()) * units;
     const Eight<T> *values = delta ? sum + row : x + row;
     float squares = 0;
     for (uint32_t unit = threadIdx.x; unit < units; unit += blockDim.x) {
@@ -77,6 +79,7 @@ struct Frequencies {
 // Of all rows and pairs, `count`, at the rows' positions: an angle is rounded before its cosine and sine are taken.
 __device__ void angles(const uint32_t *positions, const Frequencies &frequencies, float *cos, float *sin, uint64_t count,
                        uint32_t pairs) {
+    await_previous();
     const uint64_t at = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < count) {
         const float angle = float(positions[at / pairs]) * frequencies.at[at % pairs];
@@ -94,9 +97,10 @@ template <typename T>
 __device__ void norm_rope(const Four<T> *heads, const Four<T> *q_weight, const Four<T> *k_weight, const Floats *cos,
                           const Floats *sin, Four<T> *out, uint32_t all_heads, uint32_t q_heads, uint32_t kv_heads,
                           uint32_t pieces, uint32_t lanes, float epsilon) {
+    await_previous();
     const uint32_t piece = threadIdx.x % lanes, own = threadIdx.x / lanes, step = blockDim.x / lanes;
     const uint32_t wanted = q_heads + kv_heads;
-    const uint64_t row = blockIdx.x;
+    const uint64_t row = block_from_the_end();
     const bool has_piece = piece < pieces;
     const Floats c = has_piece ? cos[row * pieces + piece] : Floats{}, s = has_piece ? sin[row * pieces + piece] : Floats{};
     // All threads make as many turns, for they sum together.
@@ -136,7 +140,8 @@ __device__ void norm_rope(const Four<T> *heads, const Four<T> *q_weight, const F
 // silu(gate) * up of rows that hold 8 * units gates, then as many ups.
 template <typename T>
 __device__ void swiglu(const Eight<T> *gate_up, Eight<T> *out, uint64_t count, uint32_t units) {
-    const uint64_t at = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    await_previous();
+    const uint64_t at = uint64_t(block_from_the_end()) * blockDim.x + threadIdx.x;
     if (at >= count) {
         return;
     }

@@ -3,6 +3,7 @@
 // Each of four warps has 32 of the tile's queries, as two tiles of the tensor cores' m16n8k16. Keys of the next block come
 // while the softmax of this one is computed, values while its scores are.
 
+#include <launch.cuh>
 #include <tree_attention.cuh>
 
 namespace {
@@ -170,9 +171,10 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
         NAME(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,                    \
              const uint32_t *depth, const uint32_t *full, const uint32_t *full_blocks, const uint32_t *partial,      \
              const uint32_t *partial_blocks, const __grid_constant__ Sizes given) {                                  \
+        await_previous();                                                                                            \
         const Lists lists = {full, full_blocks, partial, partial_blocks};                                            \
         /* The last tiles have the longest lists: they come first. */                                                \
-        const uint32_t tile = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y;                                      \
+        const uint32_t tile = block_from_the_end(), kv_head = blockIdx.y;                                            \
         ampere<T, HEAD_DIM>(q, k + kv_head * given.k_head, v + kv_head * given.v_head, out, lse, subtree_end, depth, \
                             Tile(given, tile, kv_head), Blocks(lists, tile), given);                                 \
     }

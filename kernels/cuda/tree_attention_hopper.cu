@@ -7,6 +7,7 @@
 // before with the values, or the other warpgroup's products.
 
 #include <hopper_load.cuh>
+#include <launch.cuh>
 #include <warpgroup.cuh>
 
 namespace {
@@ -193,6 +194,7 @@ template <typename T, int HEAD_DIM> __device__ void attend(const Given<T> &given
     }
     // The barriers and the cleared rows.
     publish();
+    await_previous();
     __syncthreads();
     if (threadIdx.x < CONSUMERS) {
         grow<CONSUMER_REGISTERS>();

@@ -1,15 +1,14 @@
-use std::ops::Deref;
-
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaView, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaFunction, DevicePtrMut, DeviceRepr, LaunchConfig,
 };
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
-use candle_core::{DType, Layout, Result, Storage, Tensor};
+use candle_core::{DType, Layout, Result, Tensor};
 
+use super::launch::{argument, launch};
 use super::tensor_map::TensorMap;
-use super::{Binary, LOAD, tensor, unwritten, view};
+use super::{Binary, LOAD, addresses, tensor, unwritten, views};
 use crate::tree_attention::{KEY_BLOCK, TILE, query_block};
 use crate::{KernelError, TreeMask};
 
@@ -116,16 +115,6 @@ fn loadable(x: &Tensor) -> Result<Tensor> {
     x.force_contiguous()
 }
 
-/// The elements of each.
-fn views<'a, T: CudaDType>(
-    tensors: &'a [(impl Deref<Target = Storage>, &Layout)],
-) -> Result<Vec<CudaView<'a, T>>> {
-    let views = tensors
-        .iter()
-        .map(|(storage, layout)| view(storage, layout));
-    views.collect()
-}
-
 fn multiprocessors(device: &CudaDevice) -> Result<u32> {
     let stream = device.cuda_stream();
     let count = stream
@@ -181,69 +170,73 @@ impl Attention<'_> {
         // CUDA has no allocations of nothing.
         let asked_for = if self.lse { heads * rows } else { 1 };
         let mut denominators = unwritten::<f32>(device, asked_for)?;
-
-        let inputs = [q, k, v].map(Tensor::storage_and_layout);
-        let input_views = views::<T>(&inputs)?;
-        let numbers = self.mask.numbers().map(Tensor::storage_and_layout);
-        let number_views = views::<u32>(&numbers)?;
-        let tiles = u32::try_from(rows.div_ceil(query_block(self.mask.group)))?;
-        let kv_heads = sizes.heads / sizes.group;
-        let items = u32::try_from(u64::from(tiles) * u64::from(kv_heads))?;
-        // A launch's own: threads may launch with one mask at once, and candle's default stream is another in each.
-        let next = match kernel.is_for_hopper {
-            true => Some(self.mask.counter()?),
-            false => None,
-        };
-        let counter = next.as_ref().map(Tensor::storage_and_layout);
-        let counter = counter
-            .as_ref()
-            .map(|(storage, layout)| view::<u32>(storage, layout));
-        let counter = counter.transpose()?;
-        // Each with a guard by which the stream learns that it is no longer read.
-        let addresses: Vec<_> = input_views.iter().map(|x| x.device_ptr(&stream)).collect();
-        let maps = match kernel.is_for_hopper {
-            true => self.maps([q, k, v], addresses.iter().map(|(address, _)| *address))?,
-            false => Vec::new(),
-        };
-        let nowhere = 0_u64;
-        let mut launch = stream.launch_builder(&function);
-        for map in &maps {
-            launch.arg(map);
-        }
-        if maps.is_empty() {
-            for view in &input_views {
-                launch.arg(view);
-            }
-        }
-        launch.arg(&mut out);
-        match self.lse {
-            true => launch.arg(&mut denominators),
-            false => launch.arg(&nowhere),
-        };
-        for view in &number_views {
-            launch.arg(view);
-        }
-        launch.arg(&sizes);
-        let grid_dim = match &counter {
-            Some(counter) => {
-                launch.arg(&tiles).arg(&items).arg(counter);
-                (items.min(multiprocessors(device)?), 1, 1)
-            }
-            None => (tiles, kv_heads, 1),
-        };
-        let config = LaunchConfig {
-            grid_dim,
-            block_dim: (kernel.threads, 1, 1),
-            shared_mem_bytes: u32::try_from(shared)?,
-        };
-        // SAFETY: the arguments are those of the kernel; shapes, strides, alignment and the lists' blocks were checked. What
-        // it writes is this launch's alone.
-        unsafe { launch.launch(config) }.w()?;
+        let (to, written) = out.device_ptr_mut(&stream);
+        let (lse, lse_written) = denominators.device_ptr_mut(&stream);
+        let outputs = [to, if self.lse { lse } else { 0 }];
+        self.enqueue::<T>(&function, [q, k, v], outputs, sizes, u32::try_from(shared)?)?;
+        drop((written, lse_written));
         let lse = match self.lse {
             true => tensor(denominators, device, (heads, rows)),
             false => tensor(denominators, device, 1),
         };
         Ok((tensor(out, device, q.shape()), lse))
+    }
+
+    /// `function` from q, k and v to the memory of the output and of the denominators, 0 where nobody wants these.
+    fn enqueue<T: CudaDType + DeviceRepr>(
+        &self,
+        function: &CudaFunction,
+        qkv: [&Tensor; 3],
+        [out, lse]: [CUdeviceptr; 2],
+        sizes: Sizes,
+        shared_mem_bytes: u32,
+    ) -> Result<()> {
+        let (device, kernel) = (qkv[0].device().as_cuda_device()?, self.kernel);
+        let stream = device.cuda_stream();
+        // A launch's own: threads may launch with one mask at once, and candle's default stream is another in each.
+        let counter = kernel.is_for_hopper.then(|| self.mask.counter());
+        let counter = counter.transpose()?;
+        let numbers = self.mask.numbers().into_iter().chain(&counter);
+        let numbers: Vec<_> = numbers.map(Tensor::storage_and_layout).collect();
+        let numbers = views::<u32>(&numbers)?;
+        let numbers = addresses(&numbers, &stream);
+        let (arrays, counter) = numbers.split_at(self.mask.numbers().len());
+        let inputs = qkv.map(Tensor::storage_and_layout);
+        let inputs = views::<T>(&inputs)?;
+        let inputs = addresses(&inputs, &stream);
+        let maps = match kernel.is_for_hopper {
+            true => self.maps(qkv, inputs.iter().map(|(address, _)| *address))?,
+            false => Vec::new(),
+        };
+        let by_address = |(address, _): &(CUdeviceptr, _)| argument(address);
+        let mut arguments: Vec<_> = match kernel.is_for_hopper {
+            true => maps.iter().map(argument).collect(),
+            false => inputs.iter().map(by_address).collect(),
+        };
+        arguments.extend([argument(&out), argument(&lse)]);
+        arguments.extend(arrays.iter().map(by_address));
+        arguments.push(argument(&sizes));
+
+        let tiles = sizes
+            .rows
+            .div_ceil(u32::try_from(query_block(self.mask.group))?);
+        let kv_heads = sizes.heads / sizes.group;
+        let items = u32::try_from(u64::from(tiles) * u64::from(kv_heads))?;
+        let grid_dim = match counter {
+            [(counter, _)] => {
+                arguments.extend([argument(&tiles), argument(&items), argument(counter)]);
+                (items.min(multiprocessors(device)?), 1, 1)
+            }
+            _ => (tiles, kv_heads, 1),
+        };
+        let config = LaunchConfig {
+            grid_dim,
+            block_dim: (kernel.threads, 1, 1),
+            shared_mem_bytes,
+        };
+        // SAFETY: the arguments are those of the kernel, which awaits the previous one; shapes, strides, alignment and the
+        // lists' blocks were checked. What it writes is this launch's alone.
+        unsafe { launch(function, &stream, config, &mut arguments) }
     }
 
     /// What Hopper's kernel loads at once: a tile of queries, a block of keys or of values.

@@ -1,8 +1,11 @@
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::cuda_backend::CudaDType;
+use candle_core::cuda_backend::cudarc::driver::{
+    DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Binary, contiguous, tensor, unwritten, view};
+use super::launch::{argument, launch};
+use super::{Binary, addresses, contiguous, tensor, unwritten, views};
 
 const WARP: u32 = 32;
 const MOST_THREADS: u32 = 1024;
@@ -47,42 +50,42 @@ fn add_rms_norm_of<T: CudaDType + DeviceRepr>(
     let rows = u32::try_from(elements / weight.elem_count())?;
     let function = Binary::Layer.function(device, kernel)?;
     let mut normed = unwritten::<T>(device, elements)?;
-    let sum = delta.as_ref().map(|_| unwritten::<T>(device, elements));
-    let mut sum = sum.transpose()?;
+    // CUDA has no allocations of nothing.
+    let summed = if delta.is_some() { elements } else { 1 };
+    let mut sum = unwritten::<T>(device, summed)?;
 
+    let inputs: Vec<_> = [&x, &weight].into_iter().chain(&delta).collect();
+    let inputs: Vec<_> = inputs.into_iter().map(Tensor::storage_and_layout).collect();
+    let inputs = views::<T>(&inputs)?;
+    let inputs = addresses(&inputs, &stream);
+    let (sum_address, sum_written) = sum.device_ptr_mut(&stream);
+    let (normed_address, normed_written) = normed.device_ptr_mut(&stream);
     let nothing = 0_u64;
-    let held = (x.storage_and_layout(), weight.storage_and_layout());
-    let (x_view, weight_view) = (
-        view::<T>(&held.0.0, held.0.1)?,
-        view::<T>(&held.1.0, held.1.1)?,
-    );
-    let delta_held = delta.as_ref().map(Tensor::storage_and_layout);
-    let delta_view = match &delta_held {
-        Some((storage, layout)) => Some(view::<T>(storage, layout)?),
-        None => None,
+    let (delta_address, sum_address) = match inputs.get(2) {
+        Some((address, _)) => (address, &sum_address),
+        None => (&nothing, &nothing),
     };
-    let mut launch = stream.launch_builder(&function);
-    launch.arg(&x_view);
-    match &delta_view {
-        Some(delta) => launch.arg(delta),
-        None => launch.arg(&nothing),
-    };
-    launch.arg(&weight_view);
-    match &mut sum {
-        Some(sum) => launch.arg(sum),
-        None => launch.arg(&nothing),
-    };
-    launch.arg(&mut normed).arg(&units).arg(&epsilon);
+    let mut arguments = [
+        argument(&inputs[0].0),
+        argument(delta_address),
+        argument(&inputs[1].0),
+        argument(sum_address),
+        argument(&normed_address),
+        argument(&units),
+        argument(&epsilon),
+    ];
     let config = LaunchConfig {
         grid_dim: (rows, 1, 1),
         block_dim: (units.next_multiple_of(WARP).min(MOST_THREADS), 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: the arguments are those of the kernel; widths are whole units and all tensors contiguous.
-    unsafe { launch.launch(config) }.w()?;
+    // SAFETY: the arguments are those of the kernel, which awaits the previous one; widths are whole units and all tensors
+    // contiguous.
+    unsafe { launch(&function, &stream, config, &mut arguments)? };
+    drop((inputs, sum_written, normed_written));
     let normed = tensor(normed, device, x.shape());
-    let sum = match sum {
-        Some(sum) => tensor(sum, device, x.shape()),
+    let sum = match delta {
+        Some(_) => tensor(sum, device, x.shape()),
         None => x.clone(),
     };
     Ok((sum, normed))
@@ -112,16 +115,26 @@ pub fn rotary_angles(
     frequencies.0[..pairs].copy_from_slice(inverse_frequencies);
     let count = (rows * pairs) as u64;
     let pairs_of_row = u32::try_from(pairs)?;
-    let mut launch = stream.launch_builder(&function);
-    launch.arg(&positions).arg(&frequencies).arg(&mut cos);
-    launch.arg(&mut sin).arg(&count).arg(&pairs_of_row);
+    let (positions_address, read) = positions.device_ptr(&stream);
+    let (cos_address, cos_written) = cos.device_ptr_mut(&stream);
+    let (sin_address, sin_written) = sin.device_ptr_mut(&stream);
+    let mut arguments = [
+        argument(&positions_address),
+        argument(&frequencies),
+        argument(&cos_address),
+        argument(&sin_address),
+        argument(&count),
+        argument(&pairs_of_row),
+    ];
     let config = LaunchConfig {
         grid_dim: (u32::try_from(count.div_ceil(THREADS.into()))?, 1, 1),
         block_dim: (THREADS, 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: the arguments are those of the kernel, and there are as many frequencies as it reads.
-    unsafe { launch.launch(config) }.w()?;
+    // SAFETY: the arguments are those of the kernel, which awaits the previous one; there are as many frequencies as it
+    // reads.
+    unsafe { launch(&function, &stream, config, &mut arguments)? };
+    drop((read, cos_written, sin_written));
     Ok([cos, sin].map(|table| tensor(table, device, (rows, pairs))))
 }
 
@@ -162,16 +175,13 @@ fn norm_rope_of<T: CudaDType + DeviceRepr>(
     let function = Binary::Layer.function(device, kernel)?;
     let mut out = unwritten::<T>(device, rows * shape.1 * head_dim)?;
 
-    let held = [&heads, &q_weight, &k_weight].map(Tensor::storage_and_layout);
-    let held_angles = [&cos, &sin].map(Tensor::storage_and_layout);
-    let mut views = Vec::with_capacity(held.len());
-    for (storage, layout) in &held {
-        views.push(view::<T>(storage, layout)?);
-    }
-    let mut angle_views = Vec::with_capacity(held_angles.len());
-    for (storage, layout) in &held_angles {
-        angle_views.push(view::<f32>(storage, layout)?);
-    }
+    let inputs = [&heads, &q_weight, &k_weight].map(Tensor::storage_and_layout);
+    let inputs = views::<T>(&inputs)?;
+    let inputs = addresses(&inputs, &stream);
+    let angles = [&cos, &sin].map(Tensor::storage_and_layout);
+    let angles = views::<f32>(&angles)?;
+    let angles = addresses(&angles, &stream);
+    let (out_address, written) = out.device_ptr_mut(&stream);
     // Of a head a lane has a piece of both halves, of a power of two lanes that a warp is a multiple of.
     let pieces = head_dim / UNIT;
     let lanes = pieces.next_power_of_two();
@@ -180,25 +190,20 @@ fn norm_rope_of<T: CudaDType + DeviceRepr>(
     for (size, number) in sizes.iter_mut().zip(numbers) {
         *size = u32::try_from(number)?;
     }
-    let mut launch = stream.launch_builder(&function);
-    for view in &views {
-        launch.arg(view);
-    }
-    for view in &angle_views {
-        launch.arg(view);
-    }
-    launch.arg(&mut out);
-    for size in &sizes {
-        launch.arg(size);
-    }
-    launch.arg(&epsilon);
+    let read = inputs.iter().chain(&angles);
+    let mut arguments: Vec<_> = read.map(|(address, _)| argument(address)).collect();
+    arguments.push(argument(&out_address));
+    arguments.extend(sizes.iter().map(argument));
+    arguments.push(argument(&epsilon));
     let config = LaunchConfig {
         grid_dim: (u32::try_from(rows)?, 1, 1),
         block_dim: (ROW_THREADS, 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: the arguments are those of the kernel; head_dim is whole pieces, up to a warp's; all tensors are contiguous.
-    unsafe { launch.launch(config) }.w()?;
+    // SAFETY: the arguments are those of the kernel, which awaits the previous one; head_dim is whole pieces, up to a
+    // warp's; all tensors are contiguous.
+    unsafe { launch(&function, &stream, config, &mut arguments)? };
+    drop((inputs, angles, written));
     Ok(tensor(out, device, shape))
 }
 
@@ -220,16 +225,23 @@ fn swiglu_of<T: CudaDType + DeviceRepr>(kernel: &str, gate_up: &Tensor) -> Resul
     let mut out = unwritten::<T>(device, rows * width / 2)?;
     let units = u32::try_from(width / 2 / UNIT)?;
     let count = rows as u64 * u64::from(units);
-    let (storage, layout) = gate_up.storage_and_layout();
-    let gates = view::<T>(&storage, layout)?;
-    let mut launch = stream.launch_builder(&function);
-    launch.arg(&gates).arg(&mut out).arg(&count).arg(&units);
+    let gates = [gate_up.storage_and_layout()];
+    let gates = views::<T>(&gates)?;
+    let gates = addresses(&gates, &stream);
+    let (out_address, written) = out.device_ptr_mut(&stream);
+    let mut arguments = [
+        argument(&gates[0].0),
+        argument(&out_address),
+        argument(&count),
+        argument(&units),
+    ];
     let config = LaunchConfig {
         grid_dim: (u32::try_from(count.div_ceil(THREADS.into()))?, 1, 1),
         block_dim: (THREADS, 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: the arguments are those of the kernel; widths are whole units.
-    unsafe { launch.launch(config) }.w()?;
+    // SAFETY: the arguments are those of the kernel, which awaits the previous one; widths are whole units.
+    unsafe { launch(&function, &stream, config, &mut arguments)? };
+    drop((gates, written));
     Ok(tensor(out, device, (rows, width / 2)))
 }

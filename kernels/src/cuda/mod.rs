@@ -2,17 +2,21 @@
 
 mod attention;
 mod gather;
+mod launch;
 mod layer;
 mod tensor_map;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::ops::Deref;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaView, DeviceRepr, result,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr,
+    SyncOnDrop, result,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
@@ -138,6 +142,24 @@ fn view<'a, T: CudaDType>(storage: &'a Storage, layout: &Layout) -> Result<CudaV
         bail!("a tensor is on {:?}, not on CUDA", storage.device())
     };
     Ok(storage.as_cuda_slice::<T>()?.slice(layout.start_offset()..))
+}
+
+/// The elements of each.
+fn views<'a, T: CudaDType>(
+    tensors: &'a [(impl Deref<Target = Storage>, &Layout)],
+) -> Result<Vec<CudaView<'a, T>>> {
+    let views = tensors
+        .iter()
+        .map(|(storage, layout)| view(storage, layout));
+    views.collect()
+}
+
+/// Where each is, with a guard by which `stream` learns that it is no longer read.
+fn addresses<'a, T>(
+    views: &'a [CudaView<'a, T>],
+    stream: &'a CudaStream,
+) -> Vec<(CUdeviceptr, SyncOnDrop<'a>)> {
+    views.iter().map(|view| view.device_ptr(stream)).collect()
 }
 
 /// Room for what a kernel is to write, all of it.
