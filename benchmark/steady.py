@@ -1,38 +1,48 @@
 """Times of work in its own steady state, by which all benchmarks of whole steps on a GPU measure.
 
 A GPU at its power limit lowers its clocks, and raises them again some tenths of a second after work got lighter: a step
-that is timed right after another way's tells of that one's power. So each way is repeated until it meets its own clocks
-alone, and timed from then on.
+that is timed right after another way's tells of that one's power. So each way is repeated until two spans of time in a
+row agree, and the later one counts.
 """
 
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-# A way is repeated for so long before it is timed, and while it is.
-SECONDS = 0.4
+# A span, how close the medians of two have to be, and after how long the last one counts all the same.
+SPAN_SECONDS = 0.5
+AGREEMENT = 0.01
+MOST_SECONDS = 4
 BETWEEN_SAMPLES = 0.01
 
-Result = TypeVar("Result")
+
+Durations = tuple[float, ...]
 
 
-def settled(step: Callable[[], Result], seconds: float = SECONDS) -> list[Result]:
-    """What `step` returns each time for so many seconds, after as many of its own; at least one, after at least one."""
-    repeated(step, seconds)
-    return repeated(step, seconds)
+def settled(step: Callable[[], Durations], seconds: float = SPAN_SECONDS) -> Durations:
+    """Medians of what `step` says that it took, by one clock or several, over a span that agrees with the one before.
+
+    Spans take `seconds`, or one step; they agree by the last clock.
+    """
+    began = time.perf_counter()
+    before, now = span(step, seconds), span(step, seconds)
+    while abs(now[-1] - before[-1]) > AGREEMENT * now[-1] and time.perf_counter() - began < MOST_SECONDS:
+        before, now = now, span(step, seconds)
+    return now
 
 
-def repeated(step: Callable[[], Result], seconds: float) -> list[Result]:
+def span(step: Callable[[], Durations], seconds: float) -> Durations:
     start = time.perf_counter()
-    results = [step()]
+    durations = [step()]
     while time.perf_counter() - start < seconds:
-        results.append(step())
-    return results
+        durations.append(step())
+    return tuple(map(statistics.median, zip(*durations, strict=True)))
 
 
 @contextmanager
@@ -58,16 +68,29 @@ def clock_rates() -> Iterator[list[int]]:
 
 
 def method(rows: list[dict[str, Any]]) -> str:
-    """A report's sentences on how its rows were timed; those from before steady states are named."""
-    settling = {row["settling_seconds"] for row in rows if "settling_seconds" in row}
-    told = [f"Each way is timed after {time:g} s of itself, so that it meets its own clocks." for time in settling]
-    older = []
-    for shape in sorted({row["shape"] for row in rows}):
-        own = [row for row in rows if row["shape"] == shape]
-        names = [str(row.get("batch", row.get("name"))) for row in own if "settling_seconds" not in row]
-        some = f" ({', '.join(names)})" if len(names) < len(own) else ""
-        if names:
-            older.append(shape.removeprefix("qwen3-").upper() + some)
-    if older:
-        told.append(f"Still timed right after another way, whose clocks they met: {', '.join(older)}.")
-    return " ".join(told)
+    """A report's sentence on how its rows were timed; where that differs it names them."""
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        ways.setdefault(how(row), []).append(row)
+    if len(ways) < 2:
+        return "".join(f"Each way is timed {way}." for way in ways)
+    return f"Timed {'; '.join(f'{way}: {names(own, rows)}' for way, own in ways.items())}."
+
+
+def how(row: dict[str, Any]) -> str:
+    if "span_seconds" in row:
+        spans = f"two spans of {row['span_seconds']:g} s in a row"
+        return f"when the medians of {spans} agree within {100 * AGREEMENT:g} %"
+    if "settling_seconds" in row:
+        return f"after {row['settling_seconds']:g} s of itself"
+    return "right after another way, whose clocks it met"
+
+
+def names(some: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """A shape's rows by its name where `some` has all of `rows`, else with their batches."""
+    told = []
+    for shape in sorted({row["shape"] for row in some}):
+        own = [str(row.get("batch", row.get("name"))) for row in some if row["shape"] == shape]
+        whole = len(own) == sum(row["shape"] == shape for row in rows)
+        told.append(shape.removeprefix("qwen3-").upper() + ("" if whole else f" ({', '.join(own)})"))
+    return ", ".join(told)

@@ -1,28 +1,38 @@
 """Times in steady state, of steps whose duration is known."""
 
 import time
+from collections.abc import Callable
 
+import pytest
 import torch
 
-from steady import clock_rates, method, settled
+from steady import clock_rates, method, settled, span
 
 
-def test_a_step_is_timed_after_its_own_warmth() -> None:
-    """A step that comes to its pace after a while: only what it does then is told."""
-    began = time.perf_counter()
-
-    def step() -> float:
-        time.sleep(0.001)
-        return time.perf_counter() - began
-
-    found = settled(step, 0.05)
-    assert found[0] > 0.05
-    assert found[-1] - found[0] > 0.04
+def of(*durations: float) -> Callable[[], tuple[float, float]]:
+    """A step by two clocks, the second of which says these one after the other."""
+    told = iter(durations)
+    return lambda: (0.0, next(told))
 
 
-def test_a_long_step_is_done_twice() -> None:
-    calls = iter(range(2))
-    assert settled(lambda: next(calls), 0) == [1]
+def test_spans_are_repeated_until_two_agree() -> None:
+    assert settled(of(9, 5, 4, 3.99, 1), 0) == (0, 3.99)
+    assert settled(of(4, 4, 1), 0) == (0, 4)
+
+
+def test_what_comes_to_no_rest_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steady.MOST_SECONDS", 0)
+    assert settled(of(9, 5, 4), 0) == (0, 5)
+
+
+def test_a_span_has_the_median_of_its_steps() -> None:
+    def step() -> tuple[float]:
+        time.sleep(0.004)
+        return (next(durations),)
+
+    durations = iter([1.0, 2.0, 9.0] + [2.0] * 100)
+    assert span(step, 0.05) == (2.0,)
+    assert next(durations) == 2.0
 
 
 def test_clock_rates_end_with_their_block() -> None:
@@ -34,10 +44,11 @@ def test_clock_rates_end_with_their_block() -> None:
     assert len(rates) == seen
 
 
-def test_older_rows_are_named() -> None:
-    old, new = {"shape": "qwen3-4b", "batch": "rerank"}, {"shape": "qwen3-4b", "batch": "BBH", "settling_seconds": 0.4}
-    assert method([new]) == "Each way is timed after 0.4 s of itself, so that it meets its own clocks."
-    older = "Still timed right after another way, whose clocks they met: 4B"
-    assert method([old]) == f"{older}."
-    assert method([old, new]).endswith(f" {older} (rerank).")
+def test_how_rows_were_timed_is_told() -> None:
+    old, new = {"shape": "qwen3-4b", "batch": "rerank"}, {"shape": "qwen3-4b", "batch": "BBH", "span_seconds": 0.5}
+    agree = "when the medians of two spans of 0.5 s in a row agree within 1 %"
+    assert method([new, new]) == f"Each way is timed {agree}."
+    assert method([old]) == "Each way is timed right after another way, whose clocks it met."
+    both = method([old, new, old | {"shape": "qwen3-8b"}])
+    assert both == f"Timed right after another way, whose clocks it met: 4B (rerank), 8B; {agree}: 4B (BBH)."
     assert method([]) == ""

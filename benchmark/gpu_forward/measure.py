@@ -46,7 +46,7 @@ from gpu_forward.targets import FOLDED, UNSHARED, targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import pick_backend  # noqa: E402
 from radix_mlp.transformers import UnsupportedModelError, fold  # noqa: E402
-from steady import SECONDS, settled  # noqa: E402
+from steady import SPAN_SECONDS, settled  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_forward.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,7 +166,7 @@ def measure(model: PreTrainedModel, batch: Batch, rounds: int, seconds: float) -
         "backend": backend(model, folded),
         "fold_ms": round(fold_ms(batch), 4),
         **told(times),
-        "settling_seconds": seconds,
+        "span_seconds": seconds,
         "peak_gib": peaks,
         "skipped": skipped,
         "difference": differences(states),
@@ -183,7 +183,7 @@ Times = dict[str, dict[str, list[float]]]
 def alternate(calls: dict[str, Call], rounds: int, seconds: float) -> Times:
     """Milliseconds of each call in each round by "device" and by "wall" clock; every other round goes backwards.
 
-    In a round a call has its medians over so many seconds, after as many of its own.
+    In a round a call is repeated until spans of so many seconds agree.
     """
     times: Times = {clock: {name: [] for name in calls} for clock in ("device", "wall")}
     began = time.perf_counter()
@@ -192,9 +192,9 @@ def alternate(calls: dict[str, Call], rounds: int, seconds: float) -> Times:
         if done >= MIN_ROUNDS and time.perf_counter() - began > MAX_SECONDS:
             break
         for name in order:
-            by_clock = zip(*settled(partial(timed, calls[name]), seconds), strict=True)
+            by_clock = settled(partial(timed, calls[name]), seconds)
             for clock, milliseconds in zip(times, by_clock, strict=True):
-                times[clock][name].append(statistics.median(milliseconds))
+                times[clock][name].append(milliseconds)
         order.reverse()
     return times
 
@@ -279,7 +279,7 @@ def main() -> None:
     given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11)
     record = Record(given.out, given.commit, ("shape", "batch"))
     batches = load(given.batches_file, given.only, smoke=given.smoke)
-    seconds = 0 if given.smoke else SECONDS
+    seconds = 0 if given.smoke else SPAN_SECONDS
     for shape in given.shapes:
         model = random_model(shape, DEVICE)
         for name in tqdm(batches, desc=shape):

@@ -43,7 +43,7 @@ from gpu_kernels.targets import targets  # noqa: E402
 from gpu_training.steps import own_model  # noqa: E402
 from machine import output_of  # noqa: E402
 from radix_torch_varlen import Batch as TorchBatch  # noqa: E402
-from steady import SECONDS, clock_rates, repeated  # noqa: E402
+from steady import SPAN_SECONDS, clock_rates, settled  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_kernels.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -208,11 +208,11 @@ def row_of_model(
         return 1e3 * (time.perf_counter() - start)
 
     def steady(way: str, step: Callable[[], float]) -> float:
-        repeated(step, seconds)
         with clock_rates() as rates:
-            times = repeated(step, seconds)
-        mhz.setdefault(way, []).extend(rates)
-        return statistics.median(times)
+            (milliseconds,) = settled(lambda: (step(),), seconds)
+        # The later half, at least, is of spans that agree.
+        mhz.setdefault(way, []).extend(rates[len(rates) // 2 :])
+        return milliseconds
 
     steps: dict[str, Callable[[], float]] = {level: partial(ours, level) for level in LEVELS} | {"torch none": theirs}
     times = in_turn({way: partial(steady, way, step) for way, step in steps.items()}, rounds)
@@ -226,7 +226,7 @@ def row_of_model(
         "compression": round(full["tokens"] / full["nodes"], 4),
         "flop_compression": round(flop_compression(SHAPES[shape], batch, None), 4),
         "ms": times | {"enqueued": round(1e3 * full["enqueued_seconds"], 4)},
-        "settling_seconds": seconds,
+        "span_seconds": seconds,
         "mhz": {way: round(statistics.median(rates)) for way, rates in mhz.items() if rates},
         "limits": limits(),
     }
@@ -284,7 +284,7 @@ def main() -> None:
                 for heads, kv_heads in HEADS[:1] if given.smoke else HEADS:
                     for name in tqdm(every, desc=f"attention, {heads}/{kv_heads}"):
                         record.add(row_of_attention(program, name, every[name], heads, kv_heads, given.rounds))
-        seconds = 0 if given.smoke else SECONDS
+        seconds = 0 if given.smoke else SPAN_SECONDS
         for shape in given.shapes if "model" in parts else []:
             rows = rows_of_model(given.bundle, shape, batches, file, given.rounds, seconds)
             for row in tqdm(rows, desc=shape, total=len(batches)):

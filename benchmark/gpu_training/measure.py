@@ -42,7 +42,7 @@ from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpoint
 from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_torch_varlen import Qwen3  # noqa: E402
-from steady import SECONDS, settled  # noqa: E402
+from steady import SPAN_SECONDS, settled  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_training.json"
 # Different batches, one after the other, that must cost no compilation.
@@ -94,10 +94,11 @@ def backward(step: Step, model: nn.Module) -> Tensor:
     return loss.detach()
 
 
-def timed_step(step: Step, model: nn.Module) -> float:
+def timed_step(step: Step, model: nn.Module) -> tuple[float]:
     """Milliseconds of a step that makes its gradients, until the device is done."""
     model.zero_grad(set_to_none=True)
-    return timed(partial(backward, step, model))[1]
+    _, wall = timed(partial(backward, step, model))
+    return (wall,)
 
 
 def fits(own: Qwen3, groups: Groups) -> bool:
@@ -130,7 +131,7 @@ def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int, seco
     began, done = time.perf_counter(), 0
     while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - began < MAX_SECONDS):
         for name, step in ways.items():
-            wall[name].append(statistics.median(settled(partial(timed_step, step, own), seconds)))
+            wall[name] += settled(partial(timed_step, step, own), seconds)
         done += 1
     own.zero_grad(set_to_none=True)
     fold = Fold.from_sequences(groups.sequences)
@@ -140,7 +141,7 @@ def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int, seco
         "compression": round(fold.compression, 4),
         "checkpointing": own.checkpointing,
         "rounds": done,
-        "settling_seconds": seconds,
+        "span_seconds": seconds,
         "wall_ms": medians(wall),
         "speedup": {
             name: round(statistics.median(a / b for a, b in zip(wall["none"], times, strict=True)), 4)
@@ -160,12 +161,12 @@ def seconds_of_shapes(own: Qwen3, *, smoke: bool) -> dict[str, float]:
     """
     draw = random.Random(1)
     own.checkpointing = True
-    milliseconds = []
+    milliseconds: list[float] = []
     for seed in range(SMOKE_SHAPES if smoke else SHAPES_SEEN):
         prompt, completion = draw.randrange(512, 1536), draw.randrange(128, 640)
         groups = grouped(draw.randrange(1, 5), prompt, draw.randrange(2, 9), completion, seed, smoke=smoke)
 
-        milliseconds.append(timed_step(partial(own_step, own, groups, "full", groups.labels[False]), own))
+        milliseconds += timed_step(partial(own_step, own, groups, "full", groups.labels[False]), own)
     own.zero_grad(set_to_none=True)
     first, later = milliseconds[0], milliseconds[1:]
     slowest, median = max(later), statistics.median(milliseconds)
@@ -185,7 +186,7 @@ def show(row: Row) -> None:
 def main() -> None:
     given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b"], 7, ways=True)
     record = Record(given.out, given.commit, ("shape", "batch", "loss"))
-    seconds = 0 if given.smoke else SECONDS
+    seconds = 0 if given.smoke else SPAN_SECONDS
     for shape in given.shapes:
         own = own_model(shape)
         print(f"{shape}: steps on different shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
