@@ -2,7 +2,7 @@
 
 A GPU at its power limit lowers its clocks, and raises them again some tenths of a second after work got lighter: a step
 that is timed right after another way's tells of that one's power. So each way is repeated until two spans of time in a
-row agree, and the later one counts.
+row agree, and the later one counts; where single steps matter too, each is timed on a GPU that has rested.
 """
 
 import statistics
@@ -19,6 +19,9 @@ import torch
 SPAN_SECONDS = 0.5
 AGREEMENT = 0.01
 MOST_SECONDS = 4
+# Long enough for the clocks to rise, and too short for those of an idle GPU.
+REST_SECONDS = 0.3
+RESTED_STEPS = 5
 BETWEEN_SAMPLES = 0.01
 
 
@@ -43,6 +46,15 @@ def span(step: Callable[[], Durations], seconds: float) -> Durations:
     while time.perf_counter() - start < seconds:
         durations.append(step())
     return tuple(map(statistics.median, zip(*durations, strict=True)))
+
+
+def rested(step: Callable[[], float], seconds: float = REST_SECONDS) -> float:
+    """The median duration of single steps, each after so many `seconds` in which the GPU has nothing to do."""
+    durations = []
+    for _ in range(RESTED_STEPS):
+        time.sleep(seconds)
+        durations.append(step())
+    return statistics.median(durations)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from steady import clock_rates, method, settled, span
+from steady import RESTED_STEPS, clock_rates, method, rested, settled, span
 
 
 def of(*durations: float) -> Callable[[], tuple[float, float]]:
@@ -33,6 +33,20 @@ def test_a_span_has_the_median_of_its_steps() -> None:
     durations = iter([1.0, 2.0, 9.0] + [2.0] * 100)
     assert span(step, 0.05) == (2.0,)
     assert next(durations) == 2.0
+
+
+def test_each_step_is_rested_before() -> None:
+    ended = [time.perf_counter()]
+    pauses = []
+
+    def step() -> float:
+        pauses.append(time.perf_counter() - ended[-1])
+        ended.append(time.perf_counter())
+        return float(len(ended))
+
+    assert rested(step, 0.02) == 4
+    assert len(pauses) == RESTED_STEPS
+    assert min(pauses) >= 0.02
 
 
 def test_clock_rates_end_with_their_block() -> None:

@@ -9,7 +9,8 @@ state of the GPU. A time is that of several calls enqueued together, until the d
   prepared block lists;
 - model: last-token states of a Qwen3 of random weights, tokens to result, each way in its own steady state; the Rust
   model at each level, "enqueued" is when all kernels of `full` were launched; "torch none" is the model of train/,
-  compiled, with FlashAttention. "mhz" is the clock that the GPU had at each way.
+  compiled, with FlashAttention. "mhz" is the clock that the GPU had at each way, and
+  "rested_ms" the time of single steps on a GPU that rested before each.
 
     make cuda-bundle    # where there is no GPU
     python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
@@ -43,7 +44,7 @@ from gpu_kernels.targets import targets  # noqa: E402
 from gpu_training.steps import own_model  # noqa: E402
 from machine import output_of  # noqa: E402
 from radix_torch_varlen import Batch as TorchBatch  # noqa: E402
-from steady import SPAN_SECONDS, clock_rates, settled  # noqa: E402
+from steady import REST_SECONDS, SPAN_SECONDS, clock_rates, rested, settled  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_kernels.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -216,6 +217,7 @@ def row_of_model(
 
     steps: dict[str, Callable[[], float]] = {level: partial(ours, level) for level in LEVELS} | {"torch none": theirs}
     times = in_turn({way: partial(steady, way, step) for way, step in steps.items()}, rounds)
+    alone = {way: round(rested(steps[way], min(seconds, REST_SECONDS)), 5) for way in ("none", "full")}
     full = answers["full"]
     return {
         "part": "model",
@@ -226,6 +228,7 @@ def row_of_model(
         "compression": round(full["tokens"] / full["nodes"], 4),
         "flop_compression": round(flop_compression(SHAPES[shape], batch, None), 4),
         "ms": times | {"enqueued": round(1e3 * full["enqueued_seconds"], 4)},
+        "rested_ms": alone,
         "span_seconds": seconds,
         "mhz": {way: round(statistics.median(rates)) for way, rates in mhz.items() if rates},
         "limits": limits(),

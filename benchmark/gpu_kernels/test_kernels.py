@@ -47,6 +47,7 @@ def test_script_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         "torch none": 0,
         "enqueued": 500.0,
     }
+    assert rows[3]["rested_ms"] == {"none": 1000.0, "full": 1000.0}
     run(monkeypatch, "plot.py", result)
     assert result.with_suffix(".png").stat().st_size > 0
 
@@ -82,3 +83,14 @@ def test_targets_are_met_and_missed() -> None:
     missed = targets(rows(ours=1.6, full=2.0))
     assert [check["met"] for check in missed] == [False, False, False, False, False, False, False, True]
     assert targets([]) == []
+
+
+def test_single_steps_are_held_to_the_same() -> None:
+    *others, model = rows(ours=1.0, full=1.0)
+    for rested, met in ((7.3, True), (7.1, False)):
+        (check,) = [
+            check
+            for check in targets([*others, model | {"rested_ms": {"none": rested, "full": 1.0}}])
+            if "rested" in check["target"]
+        ]
+        assert check["met"] == met
