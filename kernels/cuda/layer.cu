@@ -9,6 +9,10 @@ namespace {
 constexpr int WARP = 32;
 constexpr uint32_t ALL = 0xffffffff;
 
+// The block's number, counted from the last: rows that the kernel before wrote last are read first, while the cache has
+// them.
+__device__ uint32_t block_from_the_end() { return gridDim.x - 1 - blockIdx.x; }
+
 // Of `lanes` neighbours, a power of two.
 __device__ float sum_of_lanes(float x, uint32_t lanes) {
     for (uint32_t distance = lanes / 2; distance; distance /= 2) {

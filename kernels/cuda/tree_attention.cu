@@ -174,7 +174,7 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
         await_previous();                                                                                            \
         const Lists lists = {full, full_blocks, partial, partial_blocks};                                            \
         /* The last tiles have the longest lists: they come first. */                                                \
-        const uint32_t tile = block_from_the_end(), kv_head = blockIdx.y;                                            \
+        const uint32_t tile = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y;                                      \
         ampere<T, HEAD_DIM>(q, k + kv_head * given.k_head, v + kv_head * given.v_head, out, lse, subtree_end, depth, \
                             Tile(given, tile, kv_head), Blocks(lists, tile), given);                                 \
     }

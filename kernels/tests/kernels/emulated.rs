@@ -76,6 +76,16 @@ fn of_bits(bits: Vec<u16>, shape: &[usize], dtype: DType) -> Tensor {
     }
 }
 
+/// Has the kernel before the next one write what `array` has: the next one finds it when it has awaited that, no sooner.
+fn written_before<T>(library: &Library, array: &mut [T]) {
+    type Previous = unsafe extern "C" fn(*mut c_void, u64);
+    // SAFETY: the symbol has this type. The array is plain numbers, and outlives the next kernel, which gives it back.
+    unsafe {
+        let previous: Symbol<'_, Previous> = library.get(b"emulate_previous").unwrap();
+        previous(array.as_mut_ptr().cast(), size_of_val(array) as u64);
+    }
+}
+
 /// As in tree_attention.cu.
 #[repr(C)]
 struct Sizes {
@@ -129,7 +139,10 @@ fn attention(
         &blocks.partial().indices,
     ]
     .map(<[u32]>::as_ptr);
-    let [q, k, v] = given.each_ref().map(bits);
+    let [mut q, mut k, mut v] = given.each_ref().map(bits);
+    for array in [&mut q, &mut k, &mut v] {
+        written_before(library, array);
+    }
     let row = |heads: usize| (heads * dim) as i64;
     let (q_row, k_row, head) = (row(heads), row(case.kv_heads), dim as i64);
     let sizes = Sizes {
@@ -235,8 +248,10 @@ fn norms(library: &Library, dtype: DType) {
     ] {
         let [x, delta] = [1, 2].map(|seed| drawn(&[rows, width], seed, dtype));
         let weight = drawn(&[width], 3, dtype);
-        let [x_bits, delta_bits, weight_bits] = [&x, &delta, &weight].map(bits);
+        let [mut x_bits, mut delta_bits, weight_bits] = [&x, &delta, &weight].map(bits);
         for with_delta in [true, false] {
+            written_before(library, &mut x_bits);
+            written_before(library, &mut delta_bits);
             let mut sum = vec![u16::MAX; rows * width];
             let mut normed = sum.clone();
             let pointers = match with_delta {
@@ -309,7 +324,8 @@ fn rotations(library: &Library, dtype: DType) {
         let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
         let expected = norm_rope(&heads, weights.each_ref(), [&cos, &sin], [q, k], EPSILON);
         let [cos, sin] = [cos, sin].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
-        let [heads, q_weight, k_weight] = [&heads, &weights[0], &weights[1]].map(bits);
+        let [mut heads, q_weight, k_weight] = [&heads, &weights[0], &weights[1]].map(bits);
+        written_before(library, &mut heads);
         let mut out = vec![u16::MAX; rows * (q + k) * dim];
         let pieces = dim / 8;
         let sizes = [all, q, k, pieces, pieces.next_power_of_two()].map(|size| size as u32);
@@ -340,7 +356,8 @@ fn rotations(library: &Library, dtype: DType) {
 fn angles(library: &Library) {
     type Angles = unsafe extern "C" fn(u32, *const u32, *const f32, *mut f32, *mut f32, u64, u32);
     for (rows, pairs) in [(1, 4), (9, 64), (5, 128)] {
-        let positions: Vec<u32> = (0..rows as u32).map(|row| row * row * 1600).collect();
+        let mut positions: Vec<u32> = (0..rows as u32).map(|row| row * row * 1600).collect();
+        written_before(library, &mut positions);
         // More follow that are not read.
         let frequencies: Vec<f32> = (0..128).map(|at| 1.0 / (1 + at) as f32).collect();
         let mut found = [vec![f32::NAN; rows * pairs], vec![f32::NAN; rows * pairs]];
@@ -374,7 +391,8 @@ fn activations(library: &Library, dtype: DType) {
     type Swiglu = unsafe extern "C" fn(u32, u32, u32, *const u16, *mut u16, u64, u32);
     for (rows, width) in [(1, 8), (3, 64), (2, 2560)] {
         let gate_up = drawn(&[rows, 2 * width], 1, dtype);
-        let given = bits(&gate_up);
+        let mut given = bits(&gate_up);
+        written_before(library, &mut given);
         let mut out = vec![u16::MAX; rows * width];
         let count = (rows * width / 8) as u64;
         // SAFETY: the symbol has this type, and the arrays the sizes that the kernel is told.

@@ -75,10 +75,17 @@ struct Fiber {
     std::vector<Copy> open;
     // The tensor cores see for this thread what the copy engine brought until then.
     uint64_t awaited = 0;
-    bool products_begun = false;
+    bool products_begun = false, has_awaited = false;
     std::vector<std::function<void()>> open_products;
     std::vector<std::vector<std::function<void()>>> products;
 };
+
+// What the kernel before writes to some memory.
+struct Written {
+    void *memory;
+    std::vector<uint8_t> bytes;
+};
+inline std::vector<Written> previous;
 
 // Copies under way, of a thread or of the copy engine, and the barrier that they arrive at: the engine by its bytes.
 struct Flight {
@@ -129,6 +136,7 @@ struct Block {
     std::mt19937 draw;
     ucontext_t launcher;
     int current = 0, done = 0, starved = 0;
+    bool has_previous = false;
 
     Phased &phased_at(uint32_t at) {
         const auto found = phased.find(at);
@@ -218,6 +226,10 @@ inline void enter() {
         std::fputs("emulator: a thread ended before its copies\n", stderr);
         std::abort();
     }
+    if (!previous.empty() && !block->fibers[block->current].has_awaited) {
+        std::fputs("emulator: a thread did not await the kernel before\n", stderr);
+        std::abort();
+    }
     ++block->done;
     block->next();
 }
@@ -262,6 +274,9 @@ inline void launch(dim3 blocks, uint32_t threads, const std::function<void()> &k
             block = &own;
             blockIdx = {x, y, 0};
             std::memset(memory, 0xff, SHARED);
+            for (const Written &one : previous) {
+                std::memset(one.memory, 0xff, one.bytes.size());
+            }
             std::fill(std::begin(chunks), std::end(chunks), Chunk{});
             now = 0;
             for (uint32_t i = 0; i < threads; ++i) {
@@ -278,6 +293,7 @@ inline void launch(dim3 blocks, uint32_t threads, const std::function<void()> &k
             swapcontext(&own.launcher, &own.fibers[own.current].context);
         }
     }
+    previous.clear();
 }
 
 } // namespace emulator

@@ -21,6 +21,12 @@ void call(dim3 blocks, uint32_t threads, void (*kernel)(Parameters...), Argument
 
 extern "C" {
 
+// Has the kernel before the next one write what `memory` has now.
+void emulate_previous(void *memory, uint64_t bytes) {
+    const auto *from = static_cast<const uint8_t *>(memory);
+    emulator::previous.push_back({memory, {from, from + bytes}});
+}
+
 // On a Hopper GPU of `processors` multiprocessors, or on another where there are none.
 void emulate_tree_attention(uint32_t bf16, uint32_t head_dim, uint32_t processors, uint32_t tiles, uint32_t kv_heads,
                             const void *q, const void *k, const void *v, void *out, float *lse,
