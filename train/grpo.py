@@ -153,10 +153,10 @@ def compare(groups: list[Group], steps: int) -> dict[str, Any]:
     """Both runs, and the largest difference of their losses over the largest loss."""
     tokenizer = tokenizer_of(groups)
     unfolded, folded = (train(groups, tokenizer, folded=fold, steps=steps) for fold in (False, True))
-    losses = zip(unfolded["loss"], folded["loss"], strict=True)
-    largest = max(map(abs, unfolded["loss"]))
+    # Python's max would forget NaN.
+    losses = torch.tensor([unfolded["loss"], folded["loss"]], dtype=torch.float64)
     return {
-        "largest_difference": max(abs(a - b) for a, b in losses) / largest,
+        "largest_difference": ((losses[0] - losses[1]).abs().max() / losses[0].abs().max()).item(),
         "unfolded": unfolded,
         "folded": folded,
     }

@@ -97,7 +97,8 @@ def difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradient
     """The largest relative difference of the loss and of any parameter's gradient."""
     assert found[1].keys() == expected[1].keys()
     pairs = [(found[0], expected[0]), *((found[1][name], gradient) for name, gradient in expected[1].items())]
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    # Python's max would forget NaN.
+    return torch.stack([((a - b).abs().max() / b.abs().max()).double() for a, b in pairs]).max().item()
 
 
 def error(found: Gradients, reference: Gradients) -> float:
@@ -137,6 +138,14 @@ def test_loss_and_gradients_are_the_unfolded_ones(
     backend: Backend, dtype: torch.dtype, family: str, level: Level
 ) -> None:
     assert difference(step(family, level, dtype, backend), unfolded(family, dtype)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_gradient_that_is_no_number_is_a_difference(name: str) -> None:
+    loss, right = torch.ones(()), {"a": torch.ones(2), "b": torch.ones(2)}
+    wrong = right | {name: torch.tensor([1.0, torch.nan])}
+    assert not difference((loss, wrong), (loss, right)) < 1
+    assert difference((loss, right), (loss, right)) == 0
 
 
 @pytest.mark.parametrize("run", STEPS)

@@ -165,7 +165,8 @@ def measure(rust: Rust, reference: Transformers, name: str, batch: Batch, rounds
         "none_over_transformers": ratio("transformers", "none"),
         "transformers_form": "padded batch" if padded else "one sequence at a time",
         "chosen": answer["chosen"],
-        "largest_relative_difference": max(errors),
+        # Python's max would forget NaN.
+        "largest_relative_difference": torch.tensor(errors).max().item(),
     }
 
 

@@ -134,7 +134,9 @@ def compare(
     reference = next(found[0] for name, found in runs.items() if name.startswith("none"))
     result = {}
     for name, found in runs.items():
-        difference = max(float(np.abs(a - b).max()) for a, b in zip(found[0].vectors, reference.vectors, strict=True))
+        pairs = zip(found[0].vectors, reference.vectors, strict=True)
+        # Python's max would forget NaN.
+        difference = float(np.max([np.abs(a - b).max() for a, b in pairs]))
         if not difference < tolerance:
             raise RuntimeError(f"{name} gives other vectors: they differ by {difference:.1e}")
         result[name] = medians(found, reference.tokens) | {"largest_difference": difference} | caches[name]

@@ -74,8 +74,11 @@ pub fn values(x: &Tensor) -> Vec<f64> {
 pub fn difference(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
-    // NaN is the largest.
-    differences.fold(0.0, |most, x| if x <= most { most } else { x })
+    // NaN is the largest, and stays so.
+    differences.fold(
+        0.0,
+        |most, x| if most.is_nan() || x <= most { most } else { x },
+    )
 }
 
 /// Of each token of each sequence, from its own sequence alone: \[tokens, heads × head_dim\], and the logarithms of the
@@ -182,4 +185,14 @@ pub fn inputs(fold: &Fold, case: Case, dtype: DType) -> [Tensor; 3] {
     let heads = [case.kv_heads * case.group, case.kv_heads, case.kv_heads];
     let shapes = heads.map(|heads| [fold.num_rows(), heads, case.head_dim]);
     std::array::from_fn(|index| drawn(&shapes[index], index + 1, dtype))
+}
+
+#[test]
+fn no_difference_is_forgotten() {
+    for at in 0..3 {
+        let mut found = [1.0; 3];
+        found[at] = f64::NAN;
+        assert!(difference(&found, &[1.0; 3]).is_nan());
+    }
+    assert_eq!(difference(&[1.0, 5.0, 2.0], &[1.0; 3]), 4.0);
 }

@@ -95,10 +95,22 @@ fn median(times: &mut [Duration]) -> f64 {
     times[times.len() / 2].as_secs_f64()
 }
 
-/// Largest difference of any hidden state, relative to the largest of them.
+/// Largest difference of any hidden state, relative to the largest of them; NaN where there is one.
 fn difference(a: &Tensor, b: &Tensor) -> anyhow::Result<f32> {
-    let largest = |x: &Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
     Ok(largest(&(a - b)?)? / largest(a)?)
+}
+
+/// candle's `max` forgets NaN.
+fn largest(x: &Tensor) -> candle_core::Result<f32> {
+    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    let larger = |most: f32, x: f32| {
+        if most.is_nan() || x.abs() <= most {
+            most
+        } else {
+            x.abs()
+        }
+    };
+    Ok(values.into_iter().fold(0.0, larger))
 }
 
 const HEADER: &str = "workload     tokens N  unique N'  compression   level       ms   tokens/s  speed-up  difference";
