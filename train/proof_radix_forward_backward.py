@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from statistics import mean
+from typing import Any
 
 import pytest
 import torch
@@ -81,12 +82,13 @@ def step(
     *,
     tied: bool = True,
     checkpointing: bool = False,
+    head_into_grad: bool = False,
     batch: Batch | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Gradients]:
     """The loss and the gradients of one step over `family` at `level`, or over `batch` where it is given."""
     own = model(dtype, replace(CONFIG, tie_word_embeddings=tied), backend=backend, seed=seed)
-    own.checkpointing = checkpointing
+    own.checkpointing, own.head_into_grad = checkpointing, head_into_grad
     loss = run(own, fold_at(level, TRAINING[family]) if batch is None else batch)
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
@@ -151,11 +153,13 @@ def test_a_gradient_that_is_no_number_is_a_difference(name: str) -> None:
 @pytest.mark.parametrize("run", STEPS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_every_loss(run: str, tied: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize("head_into_grad", [True, False])
+def test_every_loss(run: str, tied: bool, checkpointing: bool, head_into_grad: bool) -> None:
     expected = step("three levels", "none", torch.float64, run=STEPS[run], tied=tied)
     assert len(expected[1]) == 3 * 11 + (2 if tied else 3)
     for level in LEVELS:
-        found = step("three levels", level, torch.float64, run=STEPS[run], tied=tied, checkpointing=checkpointing)
+        how: dict[str, Any] = {"tied": tied, "checkpointing": checkpointing, "head_into_grad": head_into_grad}
+        found = step("three levels", level, torch.float64, run=STEPS[run], **how)
         assert difference(found, expected) < BOUNDS[torch.float64]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from radix_mlp import Fold
-from radix_mlp.torch import attention, cross_entropy, next_token_labels
+from radix_mlp.torch import Head, attention, cross_entropy, next_token_labels
 from radix_mlp.torch.dispatch import Backend
 
 Level = Literal["none", "mlp", "full"]
@@ -291,11 +291,19 @@ class Layer(nn.Module):
 class Qwen3(nn.Module):
     """Hidden states, logits and loss of a `Batch`, at the batch's level."""
 
-    def __init__(self, config: Qwen3Config, *, backend: Backend | None = None, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: Qwen3Config,
+        *,
+        backend: Backend | None = None,
+        checkpointing: bool = False,
+        head_into_grad: bool = False,
+    ) -> None:
         """`backend` is that of `radix_mlp.torch.attention`. With `checkpointing` the backward pass computes each
-        layer's activations again instead of keeping them."""
+        layer's activations again instead of keeping them; `head_into_grad` is `into_grad` of `radix_mlp.torch.Head`."""
         super().__init__()
         self.config, self.backend, self.checkpointing = config, backend, checkpointing
+        self.head_into_grad = head_into_grad
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         windows = config.windows or (None,) * config.num_hidden_layers
         self.layers = nn.ModuleList(Layer(config, window) for window in windows)
@@ -356,7 +364,7 @@ class Qwen3(nn.Module):
         paper's level unfolds before the head.
         """
         states = self(batch)
-        head = self.lm_head.weight
+        head = Head(self.lm_head.weight, into_grad=self.head_into_grad)
         if batch.level == "full":
             return cross_entropy(states, head, batch.fold, batch.labels, weights=weights)
         return cross_entropy(batch.unfold(states), head, batch.tokens, batch.labels, weights=weights)

@@ -52,7 +52,7 @@ def own_model(shape: str) -> Qwen3:
     names = set(Qwen3Config.__dataclass_fields__) - {"windows"}
     torch.manual_seed(0)
     with DEVICE:
-        model = Qwen3(Qwen3Config(**{name: getattr(config, name) for name in names}))
+        model = Qwen3(Qwen3Config(**{name: getattr(config, name) for name in names}), head_into_grad=True)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=config.initializer_range)

@@ -1,5 +1,6 @@
 """The loss on the trie against torch's on every copy's logits."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,48 @@ def make_logits_again(patch: pytest.MonkeyPatch) -> None:
     """Have cross_entropy take every head for a large one."""
     patch.setattr("radix_mlp.torch.logits.LARGE_SUMS", 0)
     patch.setattr("radix_mlp.torch.logits.FEW_ROWS", 1 << 28)
+
+
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+@pytest.mark.parametrize("kind", ["plain", "bias", "softcap"])
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_gradients_are_added_to_what_a_head_has(
+    monkeypatch: pytest.MonkeyPatch, function: Any, kind: str, has_grad: bool, again: bool
+) -> None:
+    if again:
+        make_logits_again(monkeypatch)
+    monkeypatch.setattr("radix_mlp.torch.labels.MAX_LOGITS", 2 * VOCABULARY)
+    monkeypatch.setattr("radix_mlp.torch.logits.ROWS_OF_SUMS", 4)
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, leaves = draw(fold, torch.float64, kind)
+    assert head is not None
+    expected = torch.autograd.grad(3 * function(hidden, head, fold, labels).sum(), leaves)
+    before = 1.0 if has_grad else 0.0
+    handed: list[Tensor | None] = []
+    for leaf in leaves[1:]:
+        leaf.grad = torch.ones_like(leaf) if has_grad else None
+        leaf.register_hook(handed.append)  # type: ignore[no-untyped-call]
+    torch.autograd.backward(3 * function(hidden, replace(head, into_grad=True), fold, labels).sum())
+    for leaf, gradient, start in zip(leaves, expected, (0.0, before, before), strict=False):
+        assert leaf.grad is not None
+        assert_close(leaf.grad, gradient + start)
+    # Autograd has none that would wait.
+    assert set(handed) <= {None}
+
+
+def test_a_tied_head_and_its_embedding_add_up() -> None:
+    fold, labels = packed(SEQUENCES, "depth_first")
+    ids = torch.from_numpy(fold.input_ids.astype("int64"))
+
+    def gradient(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64, requires_grad=True)
+        torch.autograd.backward(cross_entropy(weight[ids], Head(weight, **options), fold, labels))
+        assert weight.grad is not None
+        return weight.grad
+
+    assert_close(gradient(into_grad=True), gradient())
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "logits"])
@@ -315,6 +358,10 @@ def test_nothing_to_predict_is_zero() -> None:
         (
             {"lm_head": Head(torch.zeros(VOCABULARY, HIDDEN), torch.zeros(VOCABULARY, device="meta"))},
             "head's bias is on meta, but hidden is on cpu",
+        ),
+        (
+            {"lm_head": Head(2 * torch.zeros(VOCABULARY, HIDDEN, requires_grad=True), into_grad=True)},
+            "the head's weight has no grad to add to: it is no leaf, but made by <MulBackward0",
         ),
     ],
 )

@@ -14,6 +14,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # Bytes of float32 sums of a head's gradient, and rows for each element of a hidden state: what is more than the first
 # is most of a step's memory where rows are fewer than the second, and there logits are made twice to do without it.
 LARGE_SUMS, FEW_ROWS = 1 << 30, 8
+# Rows of these sums that are brought to a gradient at once.
+ROWS_OF_SUMS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,17 @@ class Head:
     """What turns hidden states into logits: `weight` [vocabulary, hidden], and `bias` [vocabulary] or None.
 
     Logits are multiplied by `scale` (Cohere, Granite), then capped as `softcap * tanh(logits / softcap)` (Gemma 2).
+
+    With `into_grad` the backward pass adds the gradients of weight and bias to their `grad` at once, and autograd is
+    given none: a tied weight's would wait there, in memory of its own, for the embedding's to come last. For leaves on
+    which nothing hooks, so not under DistributedDataParallel or FSDP.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    into_grad: bool = False
 
     def part(self, span: slice) -> "Head":
         """That of some of the vocabulary."""
@@ -40,8 +47,12 @@ def check(hidden: Tensor, head: Head | None, fold: Fold) -> None:
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
         raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
     for name, parameter in zip(("weight", "bias"), parameters(head), strict=True):
-        if parameter is not None and parameter.device != hidden.device:
+        if parameter is None or head is None:
+            continue
+        if parameter.device != hidden.device:
             raise ValueError(f"the head's {name} is on {parameter.device}, but hidden is on {hidden.device}")
+        if head.into_grad and parameter.requires_grad and not parameter.is_leaf:
+            raise ValueError(f"the head's {name} has no grad to add to: it is no leaf, but made by {parameter.grad_fn}")
 
 
 def vocabulary(hidden: Tensor, head: Head | None) -> int:
@@ -136,6 +147,26 @@ class Sums:
         return self.hidden, self.weight, self.bias
 
 
+def grads(head: Head, wanted: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """The `grad` of weight and bias, zeros where there was none yet; None of what is not `wanted`."""
+    found = []
+    for parameter, own in zip(parameters(head), wanted, strict=True):
+        if parameter is not None and own and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad if parameter is not None and own else None)
+    return found[0], found[1]
+
+
+def add_sums(head: Head, sums: tuple[Tensor | None, ...], by: Tensor) -> None:
+    """Add `by` times the sums of weight and bias to their `grad`, some rows at a time."""
+    for grad, total in zip(grads(head, tuple(x is not None for x in sums)), sums, strict=True):
+        if grad is None or total is None:
+            continue
+        for start in range(0, len(grad), ROWS_OF_SUMS):
+            span = slice(start, start + ROWS_OF_SUMS)
+            grad[span] += total[span] * by.to(total.dtype)
+
+
 def has_large_sums(head: Head, rows: int) -> bool:
     """Whether `Sums` would be most of what a step takes."""
     vocabulary, width = head.weight.shape
@@ -153,11 +184,17 @@ def gradients_by_columns(
     states = hidden[pairs.rows]
     for_states = torch.zeros_like(states, dtype=precision(hidden)) if wanted[0] else None
     for_weight, for_bias = (
-        torch.empty_like(x) if x is not None and own else None
-        for x, own in zip(parameters(head), wanted[1:], strict=True)
+        grads(head, wanted[1:])
+        if head is not None and head.into_grad
+        else (
+            torch.empty_like(x) if x is not None and own else None
+            for x, own in zip(parameters(head), wanted[1:], strict=True)
+        )
     )
     for columns in pairs.columns(vocabulary(hidden, head)):
         _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias))
+    if head is not None and head.into_grad:
+        for_weight = for_bias = None
     if for_states is None:
         return None, for_weight, for_bias
     return torch.zeros_like(hidden).index_copy_(0, pairs.rows, for_states.to(hidden.dtype)), for_weight, for_bias
@@ -175,14 +212,18 @@ def _add_columns(
     gradient = softmax_gradient(logits, lse, own, columns.places, columns.labels)
     if slope is not None:
         gradient = gradient * slope
+    adds = head is not None and head.into_grad
     if for_bias is not None:
-        for_bias[span] = gradient.sum(0, dtype=lse.dtype).to(for_bias.dtype)
+        own_bias = gradient.sum(0, dtype=lse.dtype)
+        for_bias[span] = for_bias[span] + own_bias if adds else own_bias
     gradient = gradient.to(states.dtype)
     if for_states is not None and part is None:
         for_states[:, span] = gradient.to(for_states.dtype)
     elif for_states is not None and part is not None:
         _add_product(for_states, gradient, part.weight)
-    if for_weight is not None:
+    if for_weight is not None and adds:
+        _add_product(for_weight[span], gradient.t(), states)
+    elif for_weight is not None:
         for_weight[span] = (gradient.t() @ states).to(for_weight.dtype)
 
 

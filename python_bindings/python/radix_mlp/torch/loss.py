@@ -24,6 +24,7 @@ from radix_mlp.torch.logits import (
     Head,
     Slopes,
     Sums,
+    add_sums,
     check,
     gradients_by_columns,
     has_large_sums,
@@ -206,6 +207,7 @@ class _Loss(torch.autograd.Function):
             loss += own
             lses.append(lse)
         ctx.again = (head, pairs, terms, _autocast(hidden.device)) if again else None
+        ctx.head = head
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         # Saved, so that they go with the graph: the weight's is float32 of the size of the head.
         gradients = (None,) * 3 if sums is None else sums.all()
@@ -215,7 +217,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.again is None:
-            return (*map(_scaled, ctx.saved_tensors, upstream * 3, ctx.dtypes), None, None, None)
+            sums, dtypes = ctx.saved_tensors, ctx.dtypes
+            if ctx.head is not None and ctx.head.into_grad:
+                add_sums(ctx.head, sums[1:], upstream[0])
+                sums = (sums[0], None, None)
+            return (*map(_scaled, sums, upstream * 3, dtypes), None, None, None)
         hidden, weight, _, lse = ctx.saved_tensors
         head, pairs, terms, autocast = ctx.again
         with autocast:
