@@ -1,6 +1,7 @@
-"""How targets are held against what was measured, and written into a result."""
+"""How targets are held against what was measured, and written into a result. What is no number is the worst."""
 
 from collections.abc import Iterable
+from math import isnan
 from typing import Any
 
 Row = dict[str, Any]
@@ -8,12 +9,12 @@ Row = dict[str, Any]
 
 def at_least(target: str, limit: float, found: Iterable[tuple[float | None, str]]) -> list[Row]:
     """The check that no value is below `limit`: the smallest one and what it was measured on. Empty without values."""
-    return _check(target, limit, min(_values(found), default=None), "≥")
+    return _check(target, limit, min(_values(found), default=None, key=lambda one: (not isnan(one[0]), one)), "≥")
 
 
 def at_most(target: str, limit: float, found: Iterable[tuple[float | None, str]]) -> list[Row]:
     """The check that no value is above `limit`: the largest one and what it was measured on. Empty without values."""
-    return _check(target, limit, max(_values(found), default=None), "≤")
+    return _check(target, limit, max(_values(found), default=None, key=lambda one: (isnan(one[0]), one)), "≤")
 
 
 def with_flops(name: str, row: Row) -> str:

@@ -1,5 +1,6 @@
 """The targets of the forward pass, on rows made by hand."""
 
+from math import nan
 from typing import Any
 
 import pytest
@@ -99,4 +100,9 @@ def test_checks() -> None:
     (fast,) = at_most("time", 2, [(1.0, "a"), (2.0, "b")])
     assert (slow["met"], slow["value"], slow["worst"]) == (False, 1.235, "b")
     assert (fast["met"], fast["worst"]) == (True, "b")
+    for values in ([nan, 5.0], [5.0, nan]):
+        (low,) = at_least("speed", 2, [(value, "a") for value in values])
+        (high,) = at_most("time", 9, [(value, "a") for value in values])
+        assert not low["met"]
+        assert not high["met"]
     assert missed([slow, fast]) == "- Missed: speed: 1.235 where ≥ 2 is the target (b)."

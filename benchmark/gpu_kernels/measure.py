@@ -195,28 +195,16 @@ def row_of_model(
 ) -> Row:
     answers: dict[str, Row] = {}
     mhz: dict[str, list[int]] = {}
+    steps = steps_of_model(program, compiled, name, batch, answers)
 
-    def ours(level: str) -> float:
-        answers[level] = program.ask(f"{name}\t{level}")
-        return 1e3 * float(answers[level]["seconds"])
-
-    def theirs() -> float:
-        synchronize()
-        start = time.perf_counter()
-        packed = TorchBatch.from_sequences(batch, level="none", device=DEVICE)
-        ends = torch.tensor([len(own) for own in batch], device=DEVICE).cumsum(0) - 1
-        compiled(packed)[ends].float().cpu()
-        return 1e3 * (time.perf_counter() - start)
-
-    def steady(way: str, step: Callable[[], float]) -> float:
+    def steady(way: str) -> float:
         with clock_rates() as rates:
-            (milliseconds,) = settled(lambda: (step(),), seconds)
+            (milliseconds,) = settled(lambda: (steps[way](),), seconds)
         # The later half, at least, is of spans that agree.
         mhz.setdefault(way, []).extend(rates[len(rates) // 2 :])
         return milliseconds
 
-    steps: dict[str, Callable[[], float]] = {level: partial(ours, level) for level in LEVELS} | {"torch none": theirs}
-    times = in_turn({way: partial(steady, way, step) for way, step in steps.items()}, rounds)
+    times = in_turn({way: partial(steady, way) for way in steps}, rounds)
     alone = {way: round(rested(steps[way], min(seconds, REST_SECONDS)), 5) for way in ("none", "full")}
     full = answers["full"]
     return {
@@ -233,6 +221,36 @@ def row_of_model(
         "mhz": {way: round(statistics.median(rates)) for way, rates in mhz.items() if rates},
         "limits": limits(),
     }
+
+
+def steps_of_model(
+    program: Program, compiled: Any, name: str, batch: Batch, answers: dict[str, Row]
+) -> dict[str, Callable[[], float]]:
+    """Each way, which returns its milliseconds; those of the Rust model leave their last answer in `answers`.
+
+    torch's is left out where it does not fit beside what the Rust process keeps of its largest batch.
+    """
+
+    def ours(level: str) -> float:
+        answers[level] = program.ask(f"{name}\t{level}")
+        return 1e3 * float(answers[level]["seconds"])
+
+    def theirs() -> float:
+        synchronize()
+        start = time.perf_counter()
+        packed = TorchBatch.from_sequences(batch, level="none", device=DEVICE)
+        ends = torch.tensor([len(own) for own in batch], device=DEVICE).cumsum(0) - 1
+        compiled(packed)[ends].float().cpu()
+        return 1e3 * (time.perf_counter() - start)
+
+    steps: dict[str, Callable[[], float]] = {level: partial(ours, level) for level in LEVELS}
+    ours("none")
+    try:
+        theirs()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return steps
+    return steps | {"torch none": theirs}
 
 
 def limits() -> dict[str, float]:

@@ -81,7 +81,8 @@ def models(parts: dict[str, list[Row]]) -> list[list[str]]:
         full = f"{ms['none'] / ms['full']:.2f}"
         if alone := row.get("rested_ms"):
             full += f" ({alone['none'] / alone['full']:.2f})"
-        cells = [*map("{:.2f}".format, ratios), full, f"{ms['full']:.1f}", f"{ms['torch none'] / ms['none']:.2f}"]
+        over_torch = f"{ms['torch none'] / ms['none']:.2f}" if "torch none" in ms else ""
+        cells = [*map("{:.2f}".format, ratios), full, f"{ms['full']:.1f}", over_torch]
         lines.append([row["name"], row["shape"].removeprefix("qwen3-").upper(), *cells])
     return lines
 

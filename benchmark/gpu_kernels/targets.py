@@ -55,7 +55,8 @@ def of_model(rows: list[Row]) -> list[Row]:
             timed = [row for row in large if times in row]
             reached = [(of_compression(row, times), with_flops(name(row), row)) for row in timed]
             checks += at_least(f"{shape}: speed-up of full over none as a share of compression{text}", share, reached)
-    slower = [(row["ms"]["none"] / row["ms"]["torch none"], name(row)) for row in rows if row["shape"] in SHARE]
+    beside_torch = [row for row in rows if row["shape"] in SHARE and "torch none" in row["ms"]]
+    slower = [(row["ms"]["none"] / row["ms"]["torch none"], name(row)) for row in beside_torch]
     checks += at_most("none: time over the same model in torch, compiled", OF_TORCH, slower)
     waiting = [(row["ms"]["enqueued"] / row["ms"]["full"], name(row)) for row in rows if row["shape"] in SHARE]
     # Below 1 the GPU always has work queued, and replaying graphs would gain nothing.

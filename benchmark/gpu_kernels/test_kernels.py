@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpu_kernels.targets import targets
 
@@ -50,6 +51,18 @@ def test_script_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert rows[3]["rested_ms"] == {"none": 1000.0, "full": 1000.0}
     run(monkeypatch, "plot.py", result)
     assert result.with_suffix(".png").stat().st_size > 0
+
+
+def test_torch_is_left_out_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_kernels.measure import Program, steps_of_model
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    program = Program.__new__(Program)
+    monkeypatch.setattr(Program, "ask", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert steps_of_model(program, full, "a batch", [[1, 2]], {}).keys() == {"none", "mlp", "full"}
 
 
 def test_a_program_that_ends_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from gpu_forward.checks import at_least, at_most, with_flops
 
 Row = dict[str, Any]
@@ -51,7 +53,8 @@ def spread(losses: dict[str, float]) -> float | None:
     others = [loss for way, loss in losses.items() if way != "none"]
     if "none" not in losses or not others:
         return None
-    return max(abs(loss / losses["none"] - 1) for loss in others)
+    # Python's max would forget NaN.
+    return float(np.max([abs(loss / losses["none"] - 1) for loss in others]))
 
 
 def name(row: Row) -> str:

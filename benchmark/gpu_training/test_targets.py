@@ -1,5 +1,6 @@
 """The targets of training steps, on rows made by hand."""
 
+from math import isnan, nan
 from typing import Any
 
 import pytest
@@ -58,4 +59,5 @@ def test_rows_of_chosen_ways() -> None:
 
 def test_losses_are_compared_with_that_of_none() -> None:
     assert spread({"full": 10.1, "none": 10.0, "mlp": 9.8}) == pytest.approx(0.02)
+    assert isnan(spread({"full": 10.1, "none": 10.0, "mlp": nan}) or 0)
     assert [spread(losses) for losses in ({}, {"none": 10.0}, {"full": 10.0})] == [None] * 3
