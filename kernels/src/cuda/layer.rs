@@ -54,8 +54,8 @@ fn add_rms_norm_of<T: CudaDType + DeviceRepr>(
     let summed = if delta.is_some() { elements } else { 1 };
     let mut sum = unwritten::<T>(device, summed)?;
 
-    let inputs: Vec<_> = [&x, &weight].into_iter().chain(&delta).collect();
-    let inputs: Vec<_> = inputs.into_iter().map(Tensor::storage_and_layout).collect();
+    let inputs = [&x, &weight].into_iter().chain(&delta);
+    let inputs: Vec<_> = inputs.map(Tensor::storage_and_layout).collect();
     let inputs = views::<T>(&inputs)?;
     let inputs = addresses(&inputs, &stream);
     let (sum_address, sum_written) = sum.device_ptr_mut(&stream);
