@@ -87,14 +87,11 @@ impl Expected {
 /// NaN where there is one: candle's `max` forgets it.
 fn largest(x: &Tensor) -> f32 {
     let values = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let longer = |most: f32, x: f32| {
-        if most.is_nan() || x.abs() <= most {
-            most
-        } else {
-            x.abs()
-        }
-    };
-    values.into_iter().fold(0.0, longer)
+    values
+        .into_iter()
+        .map(f32::abs)
+        .max_by(f32::total_cmp)
+        .unwrap_or(0.0)
 }
 
 /// max |a - b| / max |b| of each sequence's rows, and of all sequences the largest.

@@ -324,14 +324,11 @@ mod tests {
     fn difference(a: &Tensor, b: &Tensor) -> f32 {
         let differences = (a - b).unwrap().flatten_all().unwrap();
         let differences = differences.to_vec1::<f32>().unwrap();
-        let larger = |most: f32, x: f32| {
-            if most.is_nan() || x.abs() <= most {
-                most
-            } else {
-                x.abs()
-            }
-        };
-        differences.into_iter().fold(0.0, larger)
+        differences
+            .into_iter()
+            .map(f32::abs)
+            .max_by(f32::total_cmp)
+            .unwrap_or(0.0)
     }
 
     /// What the kernel for all GPUs computes and what Hopper's does differ by the order of sums: bfloat16 has 8 bits.

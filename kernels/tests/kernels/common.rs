@@ -74,11 +74,8 @@ pub fn values(x: &Tensor) -> Vec<f64> {
 pub fn difference(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
-    // NaN is the largest, and stays so.
-    differences.fold(
-        0.0,
-        |most, x| if most.is_nan() || x <= most { most } else { x },
-    )
+    // NaN is the largest, as it is not for f64::max.
+    differences.max_by(f64::total_cmp).unwrap_or(0.0)
 }
 
 /// Of each token of each sequence, from its own sequence alone: \[tokens, heads × head_dim\], and the logarithms of the
