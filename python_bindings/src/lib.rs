@@ -18,68 +18,44 @@ fn rows(name: &str, count: i64) -> PyResult<usize> {
         .map_err(|_| PyValueError::new_err(format!("{name} must be positive, got {count}")))
 }
 
-/// A read-only NumPy view of what `values` borrows from `owner`, which it keeps alive; None where there is nothing.
-fn view<'py>(
-    owner: &Bound<'py, Fold>,
-    values: for<'a> fn(&'a radix_mlp::Fold) -> Option<&'a [u32]>,
-) -> Option<Array<'py>> {
-    let values = ArrayView1::from(values(&owner.get().0)?);
-    // SAFETY: `values` borrows from `owner`, which is frozen, so that nothing moves or changes it,
-    // and which the array holds a reference to. Nobody has seen the array while it is writable.
-    let array = unsafe { PyArray1::borrow_from_array(&values, owner.clone().into_any()) };
-    array.readwrite().make_nonwriteable();
-    Some(array)
-}
-
 #[pyfunction]
 fn compute_fold_and_scatter<'py>(
     py: Python<'py>,
     input_ids: PyReadonlyArray1<'py, u32>,
     position_ids: PyReadonlyArray1<'py, u32>,
-    cu_seq_lengths: PyReadonlyArray1<'py, u32>,
-    pad_multiple_of: Option<i64>,
+    offsets: PyReadonlyArray1<'py, u32>,
+    pad: Option<i64>,
 ) -> PyResult<(Array<'py>, Array<'py>, Array<'py>, Array<'py>)> {
-    let (positions, layout) = (Some(position_ids), "first_occurrence");
+    let layout = "first_occurrence";
     let fold = Fold::new(
         py,
         input_ids,
-        positions,
-        cu_seq_lengths,
+        Some(position_ids),
+        offsets,
         layout,
-        pad_multiple_of,
+        pad,
         None,
     )?;
-    let (compact_input_ids, compact_position_ids, scatter_indices, fold_gather) =
-        fold.0.into_arrays();
-    Ok((
-        compact_input_ids.into_pyarray(py),
-        compact_position_ids.into_pyarray(py),
-        scatter_indices.into_pyarray(py),
-        fold_gather.into_pyarray(py),
-    ))
+    let (ids, positions, scatter, gather) = fold.0.into_arrays();
+    let [ids, positions, scatter, gather] =
+        [ids, positions, scatter, gather].map(|values| values.into_pyarray(py));
+    Ok((ids, positions, scatter, gather))
 }
 
 #[pyfunction]
 fn plan_batches(
     py: Python<'_>,
-    input_ids: PyReadonlyArray1<'_, u32>,
-    offsets: Vec<usize>,
+    sequences: Vec<PyReadonlyArray1<'_, u32>>,
     budget: i64,
     unique: bool,
 ) -> PyResult<Vec<Vec<usize>>> {
     let tokens = rows("budget", budget)?;
-    let budget = if unique {
-        Budget::UniqueTokens(tokens)
-    } else {
-        Budget::Tokens(tokens)
+    let budget = match unique {
+        true => Budget::UniqueTokens(tokens),
+        false => Budget::Tokens(tokens),
     };
-    let input_ids = input_ids.as_slice()?;
-    let sequences: Option<Vec<&[u32]>> = offsets
-        .windows(2)
-        .map(|ends| input_ids.get(ends[0]..ends[1]))
-        .collect();
-    let sequences =
-        sequences.ok_or_else(|| PyValueError::new_err("offsets do not lie within input_ids"))?;
+    let sequences = sequences.iter().map(PyReadonlyArray1::as_slice);
+    let sequences: Vec<&[u32]> = sequences.collect::<Result<_, _>>()?;
     let plan = py.detach(|| radix_mlp::plan_batches(&sequences, budget));
     Ok(plan.into_iter().map(|batch| batch.sequences).collect())
 }
@@ -122,68 +98,38 @@ impl Fold {
         }
         py.detach(|| builder.build()).map(Fold).map_err(value_error)
     }
-    #[getter]
-    fn layout(&self) -> &'static str {
-        match self.0.layout() {
-            Layout::FirstOccurrence => "first_occurrence",
-            Layout::DepthFirst => "depth_first",
-        }
+
+    /// Tokens, sequences, nodes and rows.
+    #[pyo3(name = "_counts")]
+    fn counts(&self) -> (usize, usize, usize, usize) {
+        let fold = &self.0;
+        let (tokens, sequences) = (fold.num_tokens(), fold.num_sequences());
+        (tokens, sequences, fold.num_nodes(), fold.num_rows())
     }
-    #[getter]
-    fn num_tokens(&self) -> usize {
-        self.0.num_tokens()
-    }
-    #[getter]
-    fn num_sequences(&self) -> usize {
-        self.0.num_sequences()
-    }
-    #[getter]
-    fn num_nodes(&self) -> usize {
-        self.0.num_nodes()
-    }
-    #[getter]
-    fn num_rows(&self) -> usize {
-        self.0.num_rows()
-    }
-    #[getter]
-    fn compression(&self) -> f64 {
-        self.0.compression()
-    }
-    #[getter]
-    fn gamma(&self) -> f64 {
-        self.0.gamma()
-    }
-    #[getter]
-    fn cu_seq_lengths<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, |fold| Some(fold.cu_seq_lengths()))
-    }
-    #[getter]
-    fn input_ids<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, |fold| Some(fold.input_ids()))
-    }
-    #[getter]
-    fn position_ids<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, |fold| Some(fold.position_ids()))
-    }
-    #[getter]
-    fn scatter_indices<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, |fold| Some(fold.scatter_indices()))
-    }
-    #[getter]
-    fn fold_gather<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, |fold| Some(fold.fold_gather()))
-    }
-    #[getter]
-    fn query_lengths<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, radix_mlp::Fold::query_lengths)
-    }
-    #[getter]
-    fn subtree_end<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, radix_mlp::Fold::subtree_end)
-    }
-    #[getter]
-    fn row_order<'py>(slf: &Bound<'py, Self>) -> Option<Array<'py>> {
-        view(slf, radix_mlp::Fold::row_order)
+
+    /// A read-only view of the fold's array of this name, which keeps the fold alive; None where its layout has none.
+    #[pyo3(name = "_array")]
+    fn array<'py>(slf: &Bound<'py, Self>, name: &str) -> PyResult<Option<Array<'py>>> {
+        let fold = &slf.get().0;
+        let values = match name {
+            "cu_seq_lengths" => Some(fold.cu_seq_lengths()),
+            "input_ids" => Some(fold.input_ids()),
+            "position_ids" => Some(fold.position_ids()),
+            "scatter_indices" => Some(fold.scatter_indices()),
+            "fold_gather" => Some(fold.fold_gather()),
+            "query_lengths" => fold.query_lengths(),
+            "subtree_end" => fold.subtree_end(),
+            "row_order" => fold.row_order(),
+            other => return Err(PyValueError::new_err(format!("no array is called {other}"))),
+        };
+        Ok(values.map(|values| {
+            let values = ArrayView1::from(values);
+            // SAFETY: `values` borrows from the fold, which is frozen, so that nothing moves or changes it, and which the
+            // array holds a reference to. Nobody has seen the array while it is writable.
+            let array = unsafe { PyArray1::borrow_from_array(&values, slf.clone().into_any()) };
+            array.readwrite().make_nonwriteable();
+            array
+        }))
     }
 
     /// Offsets and indices of the blocks that are seen whole, and of those that are seen in part.

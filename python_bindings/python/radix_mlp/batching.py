@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from radix_mlp import _core
-from radix_mlp.fold import packed
+from radix_mlp.fold import arrays
 
 if TYPE_CHECKING:
     from radix_mlp.fold import Ids
@@ -31,5 +31,4 @@ def plan_batches(
     assert budget is not None
     if budget < 1:
         raise ValueError(f"a batch must hold at least one token, got {budget}")
-    input_ids, offsets = packed(sequences)
-    return _core.plan_batches(input_ids, offsets.tolist(), budget, unique_tokens is not None)
+    return _core.plan_batches(arrays(sequences), budget, unique_tokens is not None)

@@ -70,20 +70,7 @@ class Fold(_core.Fold):
     Two tokens share a row if and only if the whole paths of (token id, position id) pairs from the
     start of their sequences to them are equal, and their sequences' salts.
 
-    The arrays are read-only uint32 views of the fold's own memory:
-
-    - `input_ids`, `position_ids` [rows]: the compact batch.
-    - `scatter_indices` [N]: `original[i] == compact[scatter_indices[i]]`.
-    - `fold_gather` [rows]: `compact[j] == original[fold_gather[j]]`, the first occurrence.
-    - `cu_seq_lengths` [sequences + 1]: where sequences start and end in original space.
-    - `query_lengths` [sequences], first-occurrence layout: how many new rows each sequence brings.
-      They are its last tokens, and stand in compact space in the order of the sequences.
-    - `subtree_end` [rows], depth-first layout: row q attends to row kv if and only if
-      `kv <= q < subtree_end[kv]`.
-    - `row_order` [rows], depth-first layout: row j is row `row_order[j]` of the other layout.
-
-    What the layout does not have is None. `num_tokens` is N, `num_nodes` N', and `num_rows` N'
-    rounded up to the padding; `compression` is N / N' and `gamma` N' / N.
+    Its arrays are read-only uint32 views of the fold's own memory, and None where the layout does not have them.
     """
 
     def __new__(
@@ -183,6 +170,93 @@ class Fold(_core.Fold):
             salts=salts,
         )
 
+    @property
+    def layout(self) -> _core.Layout:
+        """How the rows are ordered."""
+        return "first_occurrence" if self.subtree_end is None else "depth_first"
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self._counts()
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of original space."""
+        return self._sizes[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences, empty ones as well."""
+        return self._sizes[1]
+
+    @property
+    def num_nodes(self) -> int:
+        """N', the nodes of the trie."""
+        return self._sizes[2]
+
+    @property
+    def num_rows(self) -> int:
+        """N' rounded up to the padding."""
+        return self._sizes[3]
+
+    @property
+    def compression(self) -> float:
+        """N / N', 1 for no tokens."""
+        return self.num_tokens / self.num_nodes if self.num_nodes else 1.0
+
+    @property
+    def gamma(self) -> float:
+        """N' / N, the share of the work that is left; 1 for no tokens."""
+        return 1 / self.compression
+
+    @property
+    def input_ids(self) -> UInt32:
+        """Token ids of the compact batch [rows]."""
+        return self._present("input_ids")
+
+    @property
+    def position_ids(self) -> UInt32:
+        """Position ids of the compact batch [rows]."""
+        return self._present("position_ids")
+
+    @property
+    def scatter_indices(self) -> UInt32:
+        """The row of each token [N]: `original[i] == compact[scatter_indices[i]]`."""
+        return self._present("scatter_indices")
+
+    @property
+    def fold_gather(self) -> UInt32:
+        """The first token of each row [rows]: `compact[j] == original[fold_gather[j]]`."""
+        return self._present("fold_gather")
+
+    @property
+    def cu_seq_lengths(self) -> UInt32:
+        """Where sequences start and end in original space [sequences + 1]."""
+        return self._present("cu_seq_lengths")
+
+    @property
+    def query_lengths(self) -> UInt32 | None:
+        """In first-occurrence layout, how many new rows each sequence brings [sequences].
+
+        They are its last tokens, and stand in compact space in the order of the sequences.
+        """
+        return self._array("query_lengths")
+
+    @property
+    def subtree_end(self) -> UInt32 | None:
+        """In depth-first layout [rows]: row q attends to row kv if and only if `kv <= q < subtree_end[kv]`."""
+        return self._array("subtree_end")
+
+    @property
+    def row_order(self) -> UInt32 | None:
+        """In depth-first layout [rows]: row j is row `row_order[j]` of the other layout."""
+        return self._array("row_order")
+
+    def _present(self, name: str) -> UInt32:
+        found = self._array(name)
+        assert found is not None
+        return found
+
     @overload
     def fold(self, original: torch.Tensor) -> torch.Tensor: ...
     @overload
@@ -254,10 +328,15 @@ class Fold(_core.Fold):
         )
 
 
+def arrays(sequences: Sequence[Ids]) -> list[UInt32]:
+    """The ids of each sequence."""
+    named = to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
+    return [unsigned(name, ids) for name, ids in named.items()]
+
+
 def packed(sequences: Sequence[Ids]) -> tuple[UInt32, NDArray[np.int64]]:
     """The ids of all sequences, one after another, and the offsets [sequences + 1] of each."""
-    named = to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
-    rows = [unsigned(name, ids) for name, ids in named.items()]
+    rows = arrays(sequences)
     return np.concatenate(rows) if rows else np.empty(0, np.uint32), _offsets([len(row) for row in rows])
 
 

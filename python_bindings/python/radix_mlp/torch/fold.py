@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radix_mlp.fold import Fold
-
-if TYPE_CHECKING:
-    from radix_mlp import _core
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def compute_fold_and_scatter_torch(
     )
 
 
-def fold_tensors(fold: "_core.Fold", device: torch.device) -> FoldTensors:
+def fold_tensors(fold: Fold, device: torch.device) -> FoldTensors:
     """The arrays of `fold` on `device`. Raises ValueError where int32 cannot hold a value."""
     arrays: dict[str, NDArray[np.uint32]] = {}
     for name in FoldTensors.__dataclass_fields__:
