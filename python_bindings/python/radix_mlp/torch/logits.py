@@ -147,24 +147,21 @@ class Sums:
         return self.hidden, self.weight, self.bias
 
 
-def grads(head: Head, wanted: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """The `grad` of weight and bias, zeros where there was none yet; None of what is not `wanted`."""
-    found = []
-    for parameter, own in zip(parameters(head), wanted, strict=True):
-        if parameter is not None and own and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        found.append(parameter.grad if parameter is not None and own else None)
-    return found[0], found[1]
+def grad(parameter: Tensor) -> Tensor:
+    """Its `grad`, made of zeros where it has none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def add_sums(head: Head, sums: tuple[Tensor | None, ...], by: Tensor) -> None:
     """Add `by` times the sums of weight and bias to their `grad`, some rows at a time."""
-    for grad, total in zip(grads(head, tuple(x is not None for x in sums)), sums, strict=True):
-        if grad is None or total is None:
+    for parameter, total in zip(parameters(head), sums, strict=True):
+        if parameter is None or total is None:
             continue
-        for start in range(0, len(grad), ROWS_OF_SUMS):
+        for start in range(0, len(total), ROWS_OF_SUMS):
             span = slice(start, start + ROWS_OF_SUMS)
-            grad[span] += total[span] * by.to(total.dtype)
+            grad(parameter)[span] += total[span] * by.to(total.dtype)
 
 
 def has_large_sums(head: Head, rows: int) -> bool:
@@ -183,17 +180,14 @@ def gradients_by_columns(
     """
     states = hidden[pairs.rows]
     for_states = torch.zeros_like(states, dtype=precision(hidden)) if wanted[0] else None
+    adds = head is not None and head.into_grad
     for_weight, for_bias = (
-        grads(head, wanted[1:])
-        if head is not None and head.into_grad
-        else (
-            torch.empty_like(x) if x is not None and own else None
-            for x, own in zip(parameters(head), wanted[1:], strict=True)
-        )
+        None if x is None or not own else grad(x) if adds else torch.empty_like(x)
+        for x, own in zip(parameters(head), wanted[1:], strict=True)
     )
     for columns in pairs.columns(vocabulary(hidden, head)):
         _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias))
-    if head is not None and head.into_grad:
+    if adds:
         for_weight = for_bias = None
     if for_states is None:
         return None, for_weight, for_bias
