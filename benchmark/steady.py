@@ -19,10 +19,20 @@ import torch
 SPAN_SECONDS = 0.5
 AGREEMENT = 0.01
 MOST_SECONDS = 4
+MIN_ROUNDS = 2
 # Long enough for the clocks to rise, and too short for those of an idle GPU.
 REST_SECONDS = 0.3
 RESTED_STEPS = 5
 BETWEEN_SAMPLES = 0.01
+
+
+def turns(most: int, seconds: float) -> Iterator[int]:
+    """Rounds in which ways take turns, at most so many: after `seconds` none begins but for the first MIN_ROUNDS."""
+    began = time.perf_counter()
+    for done in range(most):
+        if done >= MIN_ROUNDS and time.perf_counter() - began > seconds:
+            return
+        yield done
 
 
 Durations = tuple[float, ...]
@@ -92,7 +102,7 @@ def method(rows: list[dict[str, Any]]) -> str:
 def how(row: dict[str, Any]) -> str:
     if "span_seconds" in row:
         spans = f"two spans of {row['span_seconds']:g} s in a row"
-        return f"when the medians of {spans} agree within {100 * AGREEMENT:g} %"
+        return f"when the medians of {spans} agree within {100 * AGREEMENT:g} %, or after {MOST_SECONDS} s"
     if "settling_seconds" in row:
         return f"after {row['settling_seconds']:g} s of itself"
     return "right after another way, whose clocks it met"

@@ -46,15 +46,14 @@ from gpu_forward.targets import FOLDED, UNSHARED, targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import pick_backend  # noqa: E402
 from radix_mlp.transformers import UnsupportedModelError, fold  # noqa: E402
-from steady import SPAN_SECONDS, settled  # noqa: E402
+from steady import SPAN_SECONDS, settled, turns  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_forward.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Below so many unique tokens, weights and launches bind the GPU: `full` is held to an unshared batch instead.
 SMALL = 8000
-# A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
+# In which a batch's rounds begin.
 MAX_SECONDS = 10
-MIN_ROUNDS = 2
 
 Call = Callable[[], Tensor]
 
@@ -186,11 +185,8 @@ def alternate(calls: dict[str, Call], rounds: int, seconds: float) -> Times:
     In a round a call is repeated until spans of so many seconds agree.
     """
     times: Times = {clock: {name: [] for name in calls} for clock in ("device", "wall")}
-    began = time.perf_counter()
     order = list(calls)
-    for done in range(rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() - began > MAX_SECONDS:
-            break
+    for _ in turns(rounds, MAX_SECONDS):
         for name in order:
             by_clock = settled(partial(timed, calls[name]), seconds)
             for clock, milliseconds in zip(times, by_clock, strict=True):

@@ -44,7 +44,7 @@ from gpu_kernels.targets import targets  # noqa: E402
 from gpu_training.steps import own_model  # noqa: E402
 from machine import output_of  # noqa: E402
 from radix_torch_varlen import Batch as TorchBatch  # noqa: E402
-from steady import REST_SECONDS, SPAN_SECONDS, clock_rates, rested, settled  # noqa: E402
+from steady import REST_SECONDS, SPAN_SECONDS, clock_rates, rested, settled, turns  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_kernels.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,9 +61,8 @@ CAUSAL = "16 x 4096, nothing shared"
 LEVELS = ("none", "mlp", "full")
 LONG_ENOUGH_SECONDS = 0.02
 MOST_CALLS = 200
-# A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
+# In which a row's rounds begin.
 MAX_SECONDS = 10
-MIN_ROUNDS = 2
 
 Row = dict[str, Any]
 
@@ -117,10 +116,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 def in_turn(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Medians over the rounds, in each of which every way is measured once."""
-    times: list[dict[str, float]] = []
-    began = time.perf_counter()
-    while len(times) < min(rounds, MIN_ROUNDS) or (len(times) < rounds and time.perf_counter() - began < MAX_SECONDS):
-        times.append({way: call() for way, call in ways.items()})
+    times = [{way: call() for way, call in ways.items()} for _ in turns(rounds, MAX_SECONDS)]
     return {way: round(statistics.median(one[way] for one in times), 5) for way in ways}
 
 

@@ -23,7 +23,6 @@ import json
 import random
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,16 +43,15 @@ from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpoint
 from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_torch_varlen import Qwen3  # noqa: E402
-from steady import SPAN_SECONDS, settled  # noqa: E402
+from steady import SPAN_SECONDS, settled, turns  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_training.json"
 # Different batches, one after the other, that must cost no compilation.
 SHAPES_SEEN = 20
 # What --smoke divides lengths by, and how many shapes it takes.
 SMOKE_SCALE, SMOKE_SHAPES = 256, 3
-# A batch whose rounds take longer than this together gets fewer of them, but MIN_ROUNDS.
+# In which a batch's rounds begin.
 MAX_SECONDS = 20
-MIN_ROUNDS = 2
 
 Row = dict[str, Any]
 
@@ -130,11 +128,9 @@ def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int, seco
         own.zero_grad(set_to_none=True)
         release()
     wall: dict[str, list[float]] = {name: [] for name in ways}
-    began, done = time.perf_counter(), 0
-    while done < rounds and (done < MIN_ROUNDS or time.perf_counter() - began < MAX_SECONDS):
+    for _ in turns(rounds, MAX_SECONDS):
         for name, step in ways.items():
             wall[name] += settled(partial(timed_step, step, own), seconds)
-        done += 1
     own.zero_grad(set_to_none=True)
     fold = Fold.from_sequences(groups.sequences)
     return {
@@ -142,7 +138,7 @@ def measure(ways: dict[str, Step], own: Qwen3, groups: Groups, rounds: int, seco
         "nodes": fold.num_nodes,
         "compression": round(fold.compression, 4),
         "checkpointing": own.checkpointing,
-        "rounds": done,
+        "rounds": max(map(len, wall.values()), default=0),
         "span_seconds": seconds,
         "wall_ms": medians(wall),
         "speedup": {
