@@ -72,8 +72,8 @@ def launches(rows: list[Row]) -> str:
 
 
 def models(parts: dict[str, list[Row]]) -> list[list[str]]:
-    """In the order of the first model's batches."""
-    order = list(dict.fromkeys(row["name"] for row in parts["model"]))
+    """In the order of the batches whose attention was measured."""
+    order = list(dict.fromkeys(row["name"] for row in parts["attention"] + parts["model"]))
     lines = []
     for row in sorted(parts["model"], key=lambda row: (order.index(row["name"]), row["shape"])):
         ms = row["ms"]
