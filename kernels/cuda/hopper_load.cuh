@@ -1,4 +1,4 @@
-// The roles that load in tree_attention_hopper.cu.
+// The roles that load in tree_attention_hopper.cuh.
 #pragma once
 
 #include <hopper_memory.cuh>

@@ -1,4 +1,4 @@
-// What the roles of a block share in tree_attention_hopper.cu: its shared memory, with the barriers by which keys,
+// What the roles of a block share in tree_attention_hopper.cuh: its shared memory, with the barriers by which keys,
 // values and items are handed over, and the items that it computes.
 #pragma once
 

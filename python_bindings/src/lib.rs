@@ -1,5 +1,7 @@
 //! The Python extension module `radix_mlp._core`: the core's types over NumPy arrays.
 
+mod kernels;
+
 use numpy::ndarray::ArrayView1;
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
@@ -164,6 +166,8 @@ impl Fold {
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::kernels::cuda_sources;
     #[pymodule_export]
     use super::{Fold, compute_fold_and_scatter, plan_batches};
 

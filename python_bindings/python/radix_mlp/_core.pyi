@@ -10,6 +10,7 @@ Csr = tuple[NDArray[np.uintp], NDArray[np.uint32]]
 
 __version__: str
 
+def cuda_sources() -> dict[str, str]: ...
 def compute_fold_and_scatter(
     input_ids: NDArray[np.uint32],
     position_ids: NDArray[np.uint32],

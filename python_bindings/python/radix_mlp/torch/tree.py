@@ -1,5 +1,6 @@
 """Tree attention as a differentiable function of torch tensors."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -10,12 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch import kernels
+from radix_mlp.torch.hopper import hopper_attention, hopper_kernel
 from radix_mlp.torch.tree_mask import Tiles, TreeMask, key_gradient_tiles, query_gradient_tiles, tree_mask
 from radix_mlp.torch.walks import Walks, key_walks
 
 # Key heads of a tile that start together, of this many query heads and of all: where all tiles of one head start before
 # the next head's, the last head's longest tiles end long after the others.
 QUERY_HEADS_IN_A_ROW, KEY_HEADS_IN_A_ROW = 16, 8
+LOG2_E = 1 / math.log(2)
 
 
 def tree_attention(
@@ -67,7 +70,7 @@ class _TreeAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
-        out, lse = _forward(q, k, v, mask, scale, softcap)
+        out, lse = _forward(q, k, v, mask, scale, softcap, with_lse=walks is not None)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = mask, walks, scale, softcap
         return out
@@ -80,13 +83,24 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    scale: float,
+    softcap: float | None,
+    *,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the logsumexp in base 2 of each head's rows [heads, rows], float32."""
-    rows, heads, _ = q.shape
+    """The output and, where `with_lse`, the logsumexp in base 2 of each head's rows [heads, rows], float32."""
+    rows, heads, head_dim = q.shape
+    lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+    if kernel := hopper_kernel(q.device, q.dtype, head_dim):
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        out = hopper_attention(kernel, q, k, v, mask, scale, softcap, lse if with_lse else None)
+        return out, lse.mul_(LOG2_E) if with_lse else lse
     kv_heads = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
     kernels.forward[((len(mask.full) - 1) * kv_heads,)](
         q, *_descriptors([mask.tiles.key_block, 1], k, v), out, lse,  # type: ignore[call-arg]
         mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
@@ -162,9 +176,9 @@ def _descriptors(block: list[int], *tensors: Tensor) -> list[Any]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """`x` at addresses of whole 16 bytes, as the copy engine wants them; a copy where it is not so."""
+    """`x` at addresses of whole 16 bytes that differ, as the copy engine wants them; a copy where it is not so."""
     steps = [stride * x.element_size() for stride in x.stride()[:2]]
-    if x.data_ptr() % 16 == 0 and not any(step % 16 for step in steps):
+    if x.data_ptr() % 16 == 0 and all(step and step % 16 == 0 for step in steps):
         return x
     width = x.shape[-1]
     wide = x.new_empty(*x.shape[:2], width + -width % (16 // x.element_size()))

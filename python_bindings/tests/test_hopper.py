@@ -1,0 +1,122 @@
+"""Tree attention by the CUDA kernel for GPUs of compute capability 9.0."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from radix_mlp import Fold
+from radix_mlp._core import cuda_sources
+from radix_mlp.torch import attention
+from radix_mlp.torch.hopper import CAPABILITY, DTYPES, HEAD_DIMS, HEADERS, NAME, compiled, hopper_kernel
+from test_attention import DEVICE, compare, oracle, tensors, three_levels
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == CAPABILITY
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+# Two roundings: 11 bits of float16, 8 of bfloat16; gradients are of Triton's kernels.
+TOLERANCES = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Neither a kernel of before, nor one that later tests would find."""
+    hopper_kernel.cache_clear()
+    yield
+    hopper_kernel.cache_clear()
+
+
+def test_all_included_files_are_there() -> None:
+    """But those of CUDA that NVRTC reads from a folder."""
+    included = {name for text in cuda_sources().values() for name in re.findall(r"#include <(.*)>", text)}
+    assert included - {"cuda_fp16.h", "cuda_bf16.h"} <= cuda_sources().keys() | HEADERS.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_nvrtc_compiles_it(dtype: torch.dtype, head_dim: int) -> None:
+    """With the sizes that the launch assumes, which the program asserts."""
+    pytest.importorskip("cuda.bindings")
+    code = compiled(dtype, head_dim)
+    assert code.startswith(b"\x7fELF")
+    assert f".text.{NAME}\0".encode() in code
+
+
+def test_a_size_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr("radix_mlp.torch.hopper.THREADS", 256)
+    with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION(.|\n)*HOPPER_THREADS == 256"):
+        compiled.__wrapped__(torch.bfloat16, 128)
+
+
+def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    pretend(monkeypatch, (8, 0))
+    assert hopper_kernel(torch.device("cuda:0"), torch.bfloat16, 128) is None
+    assert hopper_kernel(torch.device("cpu"), torch.bfloat16, 128) is None
+
+
+def test_triton_is_taken_where_it_does_not_load(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    pytest.importorskip("cuda.bindings")
+
+    def refuse(*_: Any) -> bytes:
+        raise RuntimeError("NVRTC: no such thing")
+
+    pretend(monkeypatch, CAPABILITY)
+    monkeypatch.setattr("radix_mlp.torch.hopper.compiled", refuse)
+    with pytest.warns(RuntimeWarning, match="Triton's tree attention is taken.*no such thing"):
+        assert hopper_kernel(torch.device("cuda:0"), torch.bfloat16, 128) is None
+    # Not again in the next layer.
+    assert hopper_kernel(torch.device("cuda:0"), torch.bfloat16, 128) is None
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """That there is a GPU of this compute capability."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 8, 128), (7, 1, 64), (100, 1, 128), (12, 4, 64)])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 33}, {"softcap": 3.0}, {"scale": 0.5, "softcap": 2.0, "window": 100}]
+)
+def test_it_equals_every_copy(dtype: torch.dtype, shape: tuple[int, int, int], options: dict[str, Any]) -> None:
+    """Gradients too, which take its logarithms of denominators."""
+    fold = three_levels("depth_first")
+    assert hopper_kernel(torch.device("cuda:0"), dtype, shape[2])
+    compare(fold, tensors(fold, *shape, dtype), TOLERANCES[dtype], options, "tree")
+
+
+@needs_hopper
+def test_one_block_has_many_tiles() -> None:
+    """More than multiprocessors: blocks take one after the other, by a counter of each call."""
+    fold = Fold.from_sequences([[*range(300), own, *range(400)] for own in range(40)], layout="depth_first")
+    q, k, v = tensors(fold, 16, 8, 128, torch.bfloat16)
+    first, second = (attention(q, k, v, fold, backend="tree") for _ in range(2))
+    assert torch.equal(first, second)
+    expected = oracle(q, k, v, fold, {})
+    assert (fold.unfold(first).double() - expected).abs().max() < TOLERANCES[torch.bfloat16]
+
+
+@needs_hopper
+def test_strides_do_not_matter() -> None:
+    """Heads that are further apart than rows, rows at odd addresses, and one head that stands for all."""
+    fold = three_levels("depth_first")
+    q, k, v = (x.detach() for x in tensors(fold, 16, 8, 128, torch.bfloat16))
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def odd(x: Tensor) -> Tensor:
+        return torch.cat([x, x[..., :1]], -1)[..., :-1]
+
+    expected = attention(q, k, v, fold, backend="tree")
+    for changed in (by_head, odd):
+        assert torch.equal(attention(changed(q), changed(k), changed(v), fold, backend="tree"), expected)
+    one = v[:, :1].expand(v.shape)
+    assert one.device.type == DEVICE
+    expected = attention(q, k, one.contiguous(), fold, backend="tree")
+    assert torch.equal(attention(q, k, one, fold, backend="tree"), expected)
