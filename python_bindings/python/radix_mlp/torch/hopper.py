@@ -145,6 +145,8 @@ def _load(code: bytes, head_dim: int, device: torch.device) -> Any:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
+        # A thread that has not used CUDA yet has no context.
+        torch.cuda.synchronize()
         module = _check(driver.cuModuleLoadData(code))
         kernel = _check(driver.cuModuleGetFunction(module, NAME.encode()))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
