@@ -243,5 +243,5 @@ def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_o
     fold = folded(pad_multiple_of=pad_multiple_of, salts=own if level == "none" else None)
     copies = folded(salts=own) if level == "mlp" else None
     arrays = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
-    inputs = {name: ids.long().unsqueeze(0) for name, ids in to_device(arrays, device).items()}
+    inputs = {name: ids.unsqueeze(0) for name, ids in to_device(arrays, device, torch.int64).items()}
     return Batch(packed, fold, copies, inputs)
