@@ -7,6 +7,8 @@ the CPU as a tokenizer gives them:
 - none, mlp, full: the levels of radix_mlp.transformers.fold, `none` with FlashAttention's varlen kernel;
 - none graphs, full graphs: the same as CUDA graphs, for batches of which they compute few enough rows, and all with
   the tree kernel, which on unshared sequences is the faster one too;
+- padded compiled, none compiled, full compiled: by torch.compile, which fuses what lies between products and
+  attention; as CUDA graphs too where `none` or `full` can be;
 - unshared: `none` on a batch of as many random tokens as the fold leaves, in sequences of similar lengths, where
   these are fewer than SMALL. It alternates with the folded ways alone ("beside_unshared"), which gives it more rounds
   than beside columns that take a hundred times as long.
@@ -50,10 +52,14 @@ from steady import SPAN_SECONDS, settled, turns  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_forward.json"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Without a GPU there is nothing to time: a smoke test compiles what it can within seconds.
+COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"
 # Below so many unique tokens, weights and launches bind the GPU: `full` is held to an unshared batch instead.
 SMALL = 8000
 # In which a batch's rounds begin.
 MAX_SECONDS = 10
+# Columns without graphs of their own kind to be held against.
+OVER_NONE = ("padded", "mlp", "full", "padded compiled", "none compiled", "full compiled")
 
 Call = Callable[[], Tensor]
 
@@ -61,13 +67,18 @@ Call = Callable[[], Tensor]
 class Column:
     """One way to compute the last tokens' states of a batch, [sequences, hidden]."""
 
-    def __init__(self, model: PreTrainedModel, batch: Batch, level: Any = None, *, graphs: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: Batch, level: Any = None, *, graphs: bool = False, compiled: bool = False
+    ) -> None:
         """At `level` None the model as it is."""
         self.folded = level is not None
         backend: Any = "query_folded" if level == "none" and not graphs and DEVICE.type == "cuda" else None
-        self.model = model
+        self.model: Any = model
         if self.folded:
             self.model = fold(twin(model), level=level, backend=backend, cuda_graphs=graphs)
+        if compiled:
+            # For all shapes at once: other batches' columns find what this one compiled.
+            self.model = torch.compile(self.model, dynamic=True, backend=COMPILER)
         self.ids, self.mask = padded(batch)
         self.last = torch.arange(len(batch), device=DEVICE), (self.mask.sum(1) - 1).to(DEVICE)
 
@@ -86,11 +97,16 @@ def columns(model: PreTrainedModel, batch: Batch, folded: Fold) -> dict[str, Cal
         calls["none graphs"] = Column(model, batch, "none", graphs=True)
     if takes_graph(folded.num_nodes):
         calls["full graphs"] = Column(model, batch, "full", graphs=True)
+    calls["padded compiled"] = Column(model, batch, compiled=True)
+    for level, rows in (("none", folded.num_tokens), ("full", folded.num_nodes)):
+        calls[f"{level} compiled"] = Column(model, batch, level, graphs=takes_graph(rows), compiled=True)
     if folded.num_nodes < SMALL and folded.num_nodes < folded.num_tokens:
         same = unshared(batch, folded.num_nodes)
         calls["unshared"] = Column(model, same, "none")
-        if takes_graph(folded.num_nodes):
+        graphs = takes_graph(folded.num_nodes)
+        if graphs:
             calls["unshared graphs"] = Column(model, same, "none", graphs=True)
+        calls["unshared compiled"] = Column(model, same, "none", graphs=graphs, compiled=True)
     return calls
 
 
@@ -218,11 +234,12 @@ def speedups(times: dict[str, list[float]]) -> dict[str, float]:
         pairs = zip(times[slow], times[fast], strict=True)
         return round(statistics.median(a / b for a, b in pairs), 4)
 
-    result = {name: ratio("none", name) for name in ("padded", "mlp", "full") if {name, "none"} <= times.keys()}
+    over_none = [name for name in OVER_NONE if {name, "none"} <= times.keys()]
+    result = {name: ratio("none", name) for name in over_none}
     graphs = "none graphs" if "none graphs" in times else "none"
     if {"full graphs", graphs} <= times.keys():
         result["full graphs"] = ratio(graphs, "full graphs")
-    for name in ("full", "full graphs"):
+    for name in FOLDED:
         same = name.replace("full", "unshared")
         if {name, same} <= times.keys():
             result[f"{name} over unshared"] = ratio(same, name)
@@ -288,6 +305,8 @@ def main() -> None:
             show(row)
         del model
         release()
+        # What is compiled for one shape fits no other, and counts against how much Dynamo keeps.
+        torch.compiler.reset()
     record.conclude(targets(record.result["rows"]))
 
 

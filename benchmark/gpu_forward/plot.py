@@ -10,10 +10,18 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_forward.json"
-COLORS = {"padded": "tab:blue", "mlp": "tab:orange", "full": "tab:green", "full graphs": "tab:olive"}
+COLORS = {
+    "padded": "tab:blue",
+    "mlp": "tab:orange",
+    "full": "tab:green",
+    "full graphs": "tab:olive",
+    "padded compiled": "tab:cyan",
+    "full compiled": "tab:red",
+}
 MARKS = "osD^"
 PANELS_A_ROW = 3
 
@@ -22,9 +30,12 @@ Row = dict[str, Any]
 
 def speeds(axes: Axes, name: str, rows: list[Row]) -> None:
     x = np.arange(len(rows))
-    for index, (label, color) in enumerate(COLORS.items()):
+    shown = [label for label in COLORS if any(label in row["speedup"]["wall"] for row in rows)]
+    width = 0.84 / len(shown)
+    for index, label in enumerate(shown):
         heights = [row["speedup"]["wall"].get(label, np.nan) for row in rows]
-        bars = axes.bar(x + 0.21 * (index - 1.5), heights, 0.2, label=label, color=color)
+        places = x + width * (index - (len(shown) - 1) / 2)
+        bars = axes.bar(places, heights, 0.95 * width, label=label, color=COLORS[label])
         texts = ["" if np.isnan(height) else f"{height:.{2 if height < 10 else 1}f}" for height in heights]
         axes.bar_label(bars, texts, fontsize=6, padding=1)
     compression = rows[0]["compression"]
@@ -62,8 +73,11 @@ def plot(result: dict[str, Any], output: Path) -> None:
     memory(panels[len(names)], rows)
     for axes in panels[len(names) + 1 :]:
         axes.axis("off")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    handles: dict[str, Artist] = {}
+    for axes in panels[: len(names)]:
+        own, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, own, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     gpu = result["hardware"].get("gpu", "CPU")
     figure.suptitle(f"Qwen3 of transformers, bf16, {gpu}: speed over none (full graphs: over none as graphs)")
     figure.savefig(output, dpi=110)

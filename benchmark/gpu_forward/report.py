@@ -26,7 +26,15 @@ from readme import REPORT, RESULTS, write_sections  # noqa: E402
 from steady import method  # noqa: E402
 
 # Speed-ups over `none`, by their column's title.
-COLUMNS = {"padded": "padded", "mlp": "`mlp`", "full": "`full`", "full graphs": "`full`, graphs"}
+COLUMNS = {
+    "padded": "padded",
+    "mlp": "`mlp`",
+    "full": "`full`",
+    "full graphs": "`full`, graphs",
+    "padded compiled": "padded, compiled",
+    "none compiled": "`none`, compiled",
+    "full compiled": "`full`, compiled",
+}
 ORDER = (
     "32 x 2048+256",
     "256 x 2048+16",
@@ -43,15 +51,12 @@ Row = dict[str, Any]
 
 def forward(result: Row) -> str:
     """The table of the forward pass, the flips and the targets that were missed."""
-    lines = [
-        "| batch | N → N' | N/N' | Qwen3 | "
-        + " | ".join(COLUMNS.values())
-        + " | fastest folded over fastest unfolded |",
-        "|" + "---|" * (5 + len(COLUMNS)),
-    ]
+    names = [name for name in COLUMNS if any(name in row["wall_ms"] for row in result["rows"])]
+    titles = ["batch", "N → N'", "N/N'", "Qwen3", *map(COLUMNS.get, names), "fastest folded over fastest unfolded"]
+    lines = [f"| {' | '.join(map(str, titles))} |", "|" + "---|" * len(titles)]
     for row in sorted(result["rows"], key=lambda row: (ORDER.index(row["batch"]), row["shape"])):
         none = row["wall_ms"].get("none")
-        speeds = [ratio(none, row["wall_ms"].get(name)) for name in COLUMNS]
+        speeds = [ratio(none, row["wall_ms"].get(name)) for name in names]
         best = ratio(fastest(row, UNFOLDED), fastest(row, FOLDED))
         size = f"{row['tokens']:,} → {row['nodes']:,} | {row['compression']:.2f}"
         shape = row["shape"].removeprefix("qwen3-").upper()

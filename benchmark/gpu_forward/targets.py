@@ -13,9 +13,9 @@ Row = dict[str, Any]
 
 SHARE = {"qwen3-0.6b": 0.9, "qwen3-4b": 0.95, "qwen3-8b": 0.95}
 CONTROLS = ("nothing shared", "little shared")
-UNFOLDED = ("padded", "none", "none graphs")
-FOLDED = ("full", "full graphs")
-UNSHARED = ("unshared", "unshared graphs")
+UNFOLDED = ("padded", "none", "none graphs", "padded compiled", "none compiled")
+FOLDED = ("full", "full graphs", "full compiled")
+UNSHARED = ("unshared", "unshared graphs", "unshared compiled")
 # Below so many nodes, `full` is held to an unshared batch of as many tokens.
 SMALL = 8000
 KINDS_OF_DECISIONS = ("last", "sampled", "pairs")

@@ -474,6 +474,22 @@ def test_on_cuda(batch: dict[str, Tensor], level: Any, graphs: bool, device: Any
 
 
 @needs_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_of_large_heads(batch: dict[str, Tensor], compiled: bool) -> None:
+    """Of heads that Hopper's kernel takes; what torch.compile makes is captured as well."""
+    config = Qwen3Config(**SIZES | {"head_dim": 64})
+    batch = {name: value.to("cuda") for name, value in batch.items()}
+    whole = make(config).to("cuda")
+    model: Any = fold(make(config).to("cuda", torch.bfloat16), cuda_graphs=True)
+    run = torch.compile(model, dynamic=True) if compiled else model
+    for shift in (0, 1, 2):
+        other = {**batch, "input_ids": (batch["input_ids"] + shift) % 64}
+        expected = whole(**other).logits * batch["attention_mask"][..., None]
+        assert (run(**other).logits - expected).abs().max() <= HALF * expected.abs().max()
+
+
+@needs_cuda
 def test_graphs_follow_moved_weights_and_modes(batch: dict[str, Tensor]) -> None:
     model = make().to("cuda", torch.bfloat16)
     batch = {name: value.to("cuda") for name, value in batch.items()}

@@ -34,7 +34,8 @@ class Rates:
 
 
 # Measured on an H200 by benchmark/gpu_attention/measure.py, fitted by fit.py beside it; training is a forward and a
-# backward pass. No measured call of FlashAttention waited for the host.
+# backward pass. No measured call of FlashAttention waited for the host. The tree's are those of Triton's kernels, where
+# Hopper's own forward pass takes less.
 TREE = Rates(8.37e-5, {"flops": 1.72e-15, "tiles": 5.52e-8})
 TREE_TRAINING = Rates(7.21e-4, {"flops": 8.21e-15, "tiles": 1.18e-7})
 FLASH = Rates(0.0, {"flops": 2.72e-15, "tiles": 3.49e-8, "bytes": 1.71e-13, "gathers": 4.88e-5})
