@@ -124,7 +124,7 @@ def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"NVRTC: {result.name}: {log.decode(errors='replace')}")
+        raise RuntimeError(f"NVRTC: {result.name}: {log.rstrip(bytes(1)).decode(errors='replace')}")
     code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
     _check(nvrtc.nvrtcDestroyProgram(program))
@@ -132,11 +132,15 @@ def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
 
 
 def _source(dtype: torch.dtype, head_dim: int) -> str:
-    """The program: the kernel, which does not compile where its constants are not those above."""
+    """The program: the kernel, which does not compile where its constants or sizes are not those above."""
+    numbers = range(len(Sizes._fields_))
+    in_order = " && ".join(f"numbered.{field[0]} == {at}" for at, field in zip(numbers, Sizes._fields_, strict=True))
     return f"""
 #include <tree_attention_hopper.cuh>
 static_assert(TILE == {TILE} && KEYS == {KEY_BLOCK} && HOPPER_THREADS == {THREADS});
-static_assert(sizeof(Sizes) == {ctypes.sizeof(Sizes)} && Memory<{head_dim}>::BYTES == {shared_bytes(head_dim)});
+static_assert(Memory<{head_dim}>::BYTES == {shared_bytes(head_dim)});
+constexpr Sizes numbered = {{{", ".join(map(str, numbers))}}};
+static_assert(sizeof(Sizes) == {ctypes.sizeof(Sizes)} && {in_order});
 TREE_ATTENTION_HOPPER({NAME}, {DTYPES[dtype]}, {head_dim})
 """
 
