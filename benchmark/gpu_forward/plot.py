@@ -10,10 +10,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_forward.json"
+BENCHMARK = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(BENCHMARK))
+
+from legend import common_legend  # noqa: E402
+
+RESULT = BENCHMARK / "results" / "gpu_forward.json"
 COLORS = {
     "padded": "tab:blue",
     "mlp": "tab:orange",
@@ -73,11 +77,7 @@ def plot(result: dict[str, Any], output: Path) -> None:
     memory(panels[len(names)], rows)
     for axes in panels[len(names) + 1 :]:
         axes.axis("off")
-    handles: dict[str, Artist] = {}
-    for axes in panels[: len(names)]:
-        own, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, own, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    common_legend(figure, panels[: len(names)])
     gpu = result["hardware"].get("gpu", "CPU")
     figure.suptitle(f"Qwen3 of transformers, bf16, {gpu}: speed over none (full graphs: over none as graphs)")
     figure.savefig(output, dpi=110)

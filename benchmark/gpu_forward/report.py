@@ -52,8 +52,15 @@ Row = dict[str, Any]
 def forward(result: Row) -> str:
     """The table of the forward pass, the flips and the targets that were missed."""
     names = [name for name in COLUMNS if any(name in row["wall_ms"] for row in result["rows"])]
-    titles = ["batch", "N → N'", "N/N'", "Qwen3", *map(COLUMNS.get, names), "fastest folded over fastest unfolded"]
-    lines = [f"| {' | '.join(map(str, titles))} |", "|" + "---|" * len(titles)]
+    titles = [
+        "batch",
+        "N → N'",
+        "N/N'",
+        "Qwen3",
+        *(COLUMNS[name] for name in names),
+        "fastest folded over fastest unfolded",
+    ]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in sorted(result["rows"], key=lambda row: (ORDER.index(row["batch"]), row["shape"])):
         none = row["wall_ms"].get("none")
         speeds = [ratio(none, row["wall_ms"].get(name)) for name in names]

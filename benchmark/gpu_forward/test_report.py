@@ -59,5 +59,5 @@ def test_training() -> None:
         "seconds_of_shapes": {"first": 8.0, "median": 0.2, "slowest later": 0.4},
     }
     text = section({"hardware": {"gpu": "a GPU"}, "rows": [row]})
-    assert "| 4 x 8 | all | 4B | 2.40 | 2.30 |  |  |  |  | 2.00 |  | 65.0 → 26.0 |" in text
+    assert "| 4 x 8 | all | 4B | 2.40 | 2.30 | 2.00 | 65.0 → 26.0 |" in text
     assert "Missed: qwen3-4b, loss on all: speed-up as a share of compression: 0.8333 where ≥ 0.95" in text

@@ -39,6 +39,13 @@ def test_fastest_folded_way_counts() -> None:
     assert only([row(none=100.0, full=50.0, full_graphs=26.0)])["met"]
 
 
+def test_compiled_ways_are_held_against_each_other() -> None:
+    ms: dict[str, Any] = {"none": 100.0, "padded": 90.0, "full": 26.0, "full_compiled": 20.0}
+    assert only([row(**ms)])["met"]
+    check = only([row(**ms, padded_compiled=70.0, none_compiled=75.0)])
+    assert (check["met"], check["value"], check["over none"]) == (False, 0.875, 0.9375)
+
+
 def test_worst_row_counts() -> None:
     check = only([row(none=100.0, full=26.0), row("bad", none=100.0, full=30.0), row(none=100.0, full=25.0)])
     assert (check["met"], check["worst"]) == (False, "qwen3-0.6b, bad")

@@ -3,6 +3,7 @@
 Times in alternation, each way in its own steady state (steady.py), on the same weights and tokens:
 
 - none, mlp, full: the levels of train/radix_torch_varlen.py, `none` and `mlp` with FlashAttention's varlen kernel;
+- none compiled, full compiled: the same with layers by torch.compile;
 - transformers padded, padding-free: its own Qwen3 as people run it, with sdpa and FlexAttention;
 - transformers folded: the same model, folded by radix_mlp.transformers;
 - PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.
@@ -39,7 +40,16 @@ from gpu_forward.batches import SMOKE_VOCABULARY, VOCABULARY, Batch, small  # no
 from gpu_forward.measure import allocated, medians, release, timed  # noqa: E402
 from gpu_forward.models import SHAPES  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
-from gpu_training.steps import Groups, Step, own_model, own_step, set_checkpointing, steps, their_model  # noqa: E402
+from gpu_training.steps import (  # noqa: E402
+    Groups,
+    Step,
+    compiled,
+    own_model,
+    own_step,
+    set_checkpointing,
+    steps,
+    their_model,
+)
 from gpu_training.targets import targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_torch_varlen import Qwen3  # noqa: E402
@@ -188,20 +198,22 @@ def main() -> None:
     for shape in given.shapes:
         own = own_model(shape)
         print(f"{shape}: steps on different shapes: {(seen := seconds_of_shapes(own, smoke=given.smoke))} s")
-        theirs = their_model(shape, own)
+        fused, theirs = compiled(own), their_model(shape, own)
         for name, groups in tqdm(batches(given.batches_file, given.only, smoke=given.smoke).items(), desc=shape):
-            set_checkpointing(own, theirs, on=False)
-            set_checkpointing(own, theirs, on=not fits(own, groups))
+            set_checkpointing(own, fused, theirs, on=False)
+            set_checkpointing(own, fused, theirs, on=not fits(own, groups))
             for loss in ("all", "completions") if groups.prompt else ("all",):
-                ways = steps(own, theirs, groups, completions_only=loss == "completions")
+                ways = steps(own, fused, theirs, groups, completions_only=loss == "completions")
                 chosen = {way: ways[way] for way in given.ways or ways if way in ways}
                 row = {"shape": shape, "batch": name, "loss": loss, "seconds_of_shapes": seen}
                 fewer = flop_compression(SHAPES[shape], groups.sequences, groups.prompt if loss == "completions" else 0)
                 row["flop_compression"] = round(fewer, 4)
                 record.add(row := row | measure(chosen, own, groups, given.rounds, seconds))
                 show(row)
-        del own, theirs
+        del own, fused, theirs
         release()
+        # What is compiled for one shape fits no other, and counts against how much Dynamo keeps.
+        torch.compiler.reset()
     record.conclude(targets(record.result["rows"]))
 
 

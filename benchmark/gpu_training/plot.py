@@ -12,13 +12,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_training.json"
+BENCHMARK = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(BENCHMARK))
+
+from legend import common_legend  # noqa: E402
+
+RESULT = BENCHMARK / "results" / "gpu_training.json"
 COLORS = {
     "transformers padded": "tab:blue",
     "transformers padding-free": "tab:cyan",
     "PrefixGrouper": "tab:purple",
     "mlp": "tab:orange",
     "full": "tab:green",
+    "full compiled": "tab:red",
     "transformers folded": "tab:olive",
 }
 PANELS_A_ROW = 3
@@ -28,10 +34,12 @@ Row = dict[str, Any]
 
 def speeds(axes: Axes, name: str, rows: list[Row]) -> None:
     x = np.arange(len(rows))
-    width = 0.9 / len(COLORS)
-    for index, (way, color) in enumerate(COLORS.items()):
+    shown = [way for way in COLORS if any(way in row["speedup"] for row in rows)]
+    width = 0.9 / len(shown)
+    for index, way in enumerate(shown):
         heights = [row["speedup"].get(way, np.nan) for row in rows]
-        bars = axes.bar(x + width * (index - (len(COLORS) - 1) / 2), heights, 0.95 * width, label=way, color=color)
+        places = x + width * (index - (len(shown) - 1) / 2)
+        bars = axes.bar(places, heights, 0.95 * width, label=way, color=COLORS[way])
         axes.bar_label(bars, ["" if np.isnan(height) else f"{height:.2f}" for height in heights], fontsize=6, padding=1)
     axes.axhline(rows[0]["compression"], color="black", linestyle="dashed", linewidth=1, label="compression N/N'")
     fewer = [row["flop_compression"] for row in rows]
@@ -67,8 +75,7 @@ def plot(result: dict[str, Any], output: Path) -> None:
     memory(panels[len(names)], rows)
     for axes in panels[len(names) + 1 :]:
         axes.axis("off")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    common_legend(figure, panels[: len(names)])
     figure.suptitle(f"A training step of Qwen3, bf16, {result['hardware'].get('gpu', 'CPU')}: speed over none")
     figure.savefig(output, dpi=110)
     plt.close(figure)

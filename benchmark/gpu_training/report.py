@@ -15,6 +15,8 @@ COLUMNS = {
     "PrefixGrouper": "PrefixGrouper",
     "mlp": "`mlp`",
     "full": "`full`",
+    "none compiled": "`none`, compiled",
+    "full compiled": "`full`, compiled",
     "transformers folded": "transformers, folded",
 }
 
@@ -29,10 +31,11 @@ def section(result: Row) -> str:
         "[plot](results/gpu_training.png)). `none`, `mlp` and `full` are the model of `train/`, whose norms "
         "are one kernel each; transformers' are several, so that its columns are to be compared with each other:"
     )
-    titles = ["batch", "loss on", "Qwen3", "N/N'", "flops", *COLUMNS.values(), "GiB, `none` → `full`"]
+    ways = [way for way in COLUMNS if any(way in row["speedup"] for row in result["rows"])]
+    titles = ["batch", "loss on", "Qwen3", "N/N'", "flops", *(COLUMNS[way] for way in ways), "GiB, `none` → `full`"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in sorted(result["rows"], key=lambda row: (row["batch"], row["loss"], row["shape"])):
-        speeds = [f"{row['speedup'][way]:.2f}" if way in row["speedup"] else "" for way in COLUMNS]
+        speeds = [f"{row['speedup'][way]:.2f}" if way in row["speedup"] else "" for way in ways]
         peaks = " → ".join(f"{row['peak_gib'][way]:.1f}" if way in row["peak_gib"] else "?" for way in ("none", "full"))
         fewer = [f"{row[key]:.2f}" for key in ("compression", "flop_compression")]
         cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]

@@ -1,5 +1,6 @@
 """The ways to make one training step of which the benchmark compares the costs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from gpu_forward.batches import Batch
-from gpu_forward.measure import DEVICE
+from gpu_forward.measure import COMPILER, DEVICE
 from gpu_forward.models import SHAPES, padded, twin
 from radix_mlp.torch import cross_entropy
 from radix_mlp.transformers import fold
@@ -59,6 +60,14 @@ def own_model(shape: str) -> Qwen3:
     return model.bfloat16()
 
 
+def compiled(own: Qwen3) -> Qwen3:
+    """The model with the same parameters in memory and layers by torch.compile, for all shapes at once."""
+    fused = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
+    for layer in fused.layers:
+        layer.compile(dynamic=True, backend=COMPILER)
+    return fused
+
+
 def their_model(shape: str, own: Qwen3) -> Any:
     """transformers' model with the same parameters, so that one zero_grad frees the gradients of both."""
     make: Any = AutoModelForCausalLM.from_config
@@ -74,22 +83,24 @@ def their_model(shape: str, own: Qwen3) -> Any:
     return model.train()
 
 
-def set_checkpointing(own: Qwen3, theirs: Any, *, on: bool) -> None:
+def set_checkpointing(own: Qwen3, fused: Qwen3, theirs: Any, *, on: bool) -> None:
     """Whether the backward pass computes each layer again instead of keeping its activations."""
-    own.checkpointing = on
+    own.checkpointing = fused.checkpointing = on
     if on:
         theirs.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         theirs.gradient_checkpointing_disable()
 
 
-def steps(own: Qwen3, theirs: Any, groups: Groups, *, completions_only: bool) -> dict[str, Step]:
+def steps(own: Qwen3, fused: Qwen3, theirs: Any, groups: Groups, *, completions_only: bool) -> dict[str, Step]:
     """Each computes the mean loss; backward is the caller's."""
     labels, skipped = groups.labels[completions_only], groups.prompt if completions_only else 0
     made: dict[str, Step] = {
         "none": lambda: own_step(own, groups, "none", labels),
         "mlp": lambda: own_step(own, groups, "mlp", labels),
         "full": lambda: own_step(own, groups, "full", labels),
+        "none compiled": lambda: own_step(fused, groups, "none", labels),
+        "full compiled": lambda: own_step(fused, groups, "full", labels),
         "transformers folded": folded_step(theirs, groups, skipped),
         "transformers padded": padded_step(theirs, groups, labels),
     }

@@ -51,6 +51,15 @@ def test_missed(bad: Row, words: str) -> None:
     assert words in target
 
 
+def test_compiled_ways_are_held_against_each_other() -> None:
+    good = row(peak=26.0)
+    compiled = good | {"speedup": {"none": 1.0, "full": 2.0, "none compiled": 1.25, "full compiled": 2.9}}
+    assert unmet(compiled) == []
+    compiled["speedup"]["none compiled"] = 1.5
+    (target,) = unmet(compiled)
+    assert "speed-up" in target
+
+
 def test_rows_of_chosen_ways() -> None:
     """A run may measure a part of the columns, and none may fit."""
     partial = row() | {"wall_ms": {}, "speedup": {}, "peak_gib": {}, "loss_value": {}}
