@@ -51,6 +51,21 @@ def test_a_size_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch) -
         compiled.__wrapped__(torch.bfloat16, 128)
 
 
+def test_tensors_become_what_the_copy_engine_takes() -> None:
+    """Heads that stand for all, odd rows and odd addresses are copied, all others stay where they are."""
+    pytest.importorskip("triton")
+    from radix_mlp.torch.tree import _aligned
+
+    whole = torch.randn(5, 4, 64, dtype=torch.float16)
+    assert _aligned(whole[:, 1:]).data_ptr() == whole[:, 1:].data_ptr()
+    odd = torch.randn(5 * 4 * 65 + 1, dtype=torch.float16)
+    for x in (whole[:, :1].expand(5, 4, 64), odd[:-1].view(5, 4, 65)[..., :64], odd[1:].view(5, 4, 65)[..., 1:]):
+        copy = _aligned(x)
+        assert torch.equal(copy, x)
+        assert copy.data_ptr() % 16 == 0
+        assert all(step and 2 * step % 16 == 0 for step in copy.stride()[:2])
+
+
 def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     pretend(monkeypatch, (8, 0))
     assert hopper_kernel(torch.device("cuda:0"), torch.bfloat16, 128) is None
