@@ -11,7 +11,18 @@ from torch import Tensor
 from radix_mlp import Fold
 from radix_mlp._core import cuda_sources
 from radix_mlp.torch import attention
-from radix_mlp.torch.hopper import CAPABILITY, DTYPES, HEAD_DIMS, HEADERS, NAME, compiled, hopper_kernel
+from radix_mlp.torch.hopper import (
+    CAPABILITY,
+    DTYPES,
+    HEAD_DIMS,
+    HEADERS,
+    KEY_BLOCK,
+    NAME,
+    TILE,
+    compiled,
+    hopper_kernel,
+)
+from radix_mlp.torch.tree_mask import forward_tiles
 from test_attention import DEVICE, compare, oracle, tensors, three_levels
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == CAPABILITY
@@ -49,6 +60,13 @@ def test_a_size_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("radix_mlp.torch.hopper.THREADS", 256)
     with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_COMPILATION(.|\n)*HOPPER_THREADS == 256"):
         compiled.__wrapped__(torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_masks_are_cut_as_the_kernel_reads_them(dtype: torch.dtype, head_dim: int) -> None:
+    tiles = forward_tiles(head_dim, dtype)
+    assert (tiles.tile, tiles.key_block) == (TILE, KEY_BLOCK)
 
 
 def test_tensors_become_what_the_copy_engine_takes() -> None:
