@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
+from ctypes import c_uint32, c_void_p
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +22,13 @@ from radix_mlp.torch.hopper import (
     KEY_BLOCK,
     NAME,
     TILE,
+    Sizes,
     compiled,
+    hopper_attention,
     hopper_kernel,
+    shared_bytes,
 )
-from radix_mlp.torch.tree_mask import forward_tiles
+from radix_mlp.torch.tree_mask import forward_tiles, tree_mask
 from test_attention import DEVICE, compare, oracle, tensors, three_levels
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == CAPABILITY
@@ -82,6 +88,58 @@ def test_tensors_become_what_the_copy_engine_takes() -> None:
         assert torch.equal(copy, x)
         assert copy.data_ptr() % 16 == 0
         assert all(step and 2 * step % 16 == 0 for step in copy.stride()[:2])
+
+
+def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a launch that never happens, against the declaration in the sources."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    launches: list[tuple[Any, ...]] = []
+
+    def launch(*given: Any) -> tuple[Any]:
+        launches.append(given)
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernel", launch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr("radix_mlp.torch.hopper._map", lambda x, *box: (x.data_ptr(), *box))
+    monkeypatch.setattr("radix_mlp.torch.hopper._multiprocessors", lambda _: 3)
+    fold = three_levels("depth_first")
+    q, k, v = (torch.randn(fold.num_rows, heads, 64, dtype=torch.float16) for heads in (8, 2, 2))
+    mask, lse = tree_mask(fold, q, k, 33), torch.empty(8, fold.num_rows)
+    out = hopper_attention("kernel", q, k, v, mask, 0.5, None, lse)
+    ((kernel, *grid, shared, stream, (values, types), _),) = launches
+    assert (kernel, grid, shared, stream) == ("kernel", [3, 1, 1, 384, 1, 1], shared_bytes(64), 7)
+
+    source = cuda_sources()["tree_attention_hopper.cuh"].replace("\\\n", " ")
+    declared = re.search(r"NAME\((.*?)\) *\{", source, re.DOTALL).group(1).split(",")  # type: ignore[union-attr]
+    kinds = [c_void_p if "*" in one else c_uint32 if "uint32_t" in one else None for one in declared]
+    assert list(types) == kinds
+    passed = dict(zip([re.findall(r"\w+", one)[-1] for one in declared], values, strict=True))
+    sizes = passed.pop("given")
+    assert [getattr(sizes, name) for name, *_ in Sizes._fields_] == [
+        512,
+        64,
+        128,
+        64,
+        128,
+        64,
+        len(q),
+        8,
+        4,
+        33,
+        0.5,
+        0,
+    ]
+    counter, tiles = passed.pop("next"), -(-len(q) // 32)
+    assert counter
+    assert passed == {
+        **{"q": (q.data_ptr(), 32, 4), "k": (k.data_ptr(), 64, 1), "v": (v.data_ptr(), 64, 1)},
+        **{"out": out.data_ptr(), "lse": lse.data_ptr(), "tiles": tiles, "items": 2 * tiles},
+        **{"subtree_end": mask.subtree_end.data_ptr(), "depth": mask.depth.data_ptr()},
+        **{"full": mask.full.data_ptr(), "partial": mask.partial.data_ptr()},
+        **{"full_blocks": mask.blocks.data_ptr(), "partial_blocks": mask.blocks.data_ptr()},
+    }
 
 
 def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
