@@ -114,5 +114,6 @@ def names(some: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     for shape in sorted({row["shape"] for row in some}):
         own = [str(row.get("batch", row.get("name"))) for row in some if row["shape"] == shape]
         whole = len(own) == sum(row["shape"] == shape for row in rows)
-        told.append(shape.removeprefix("qwen3-").upper() + ("" if whole else f" ({', '.join(own)})"))
+        batches = ", ".join(dict.fromkeys(own))
+        told.append(shape.removeprefix("qwen3-").upper() + ("" if whole else f" ({batches})"))
     return ", ".join(told)

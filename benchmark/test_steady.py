@@ -69,6 +69,7 @@ def test_how_rows_were_timed_is_told() -> None:
     agree = "when the medians of two spans of 0.5 s in a row agree within 1 %, or after 4 s"
     assert method([new, new]) == f"Each way is timed {agree}."
     assert method([old]) == "Each way is timed right after another way, whose clocks it met."
-    both = method([old, new, old | {"shape": "qwen3-8b"}])
+    # A batch that was measured with two losses is named once.
+    both = method([old, new, old, old | {"shape": "qwen3-8b"}])
     assert both == f"Timed right after another way, whose clocks it met: 4B (rerank), 8B; {agree}: 4B (BBH)."
     assert method([]) == ""
