@@ -7,8 +7,8 @@ the CPU as a tokenizer gives them:
 - none, mlp, full: the levels of radix_mlp.transformers.fold, `none` with FlashAttention's varlen kernel;
 - none graphs, full graphs: the same as CUDA graphs, for batches of which they compute few enough rows, and all with
   the tree kernel, which on unshared sequences is the faster one too;
-- padded compiled, none compiled, full compiled: by torch.compile, which fuses what lies between products and
-  attention; as CUDA graphs too where `none` or `full` can be;
+- padded compiled, none compiled, full compiled: with layers by torch.compile, which fuses what lies between products
+  and attention; as CUDA graphs too where `none` or `full` can be;
 - unshared: `none` on a batch of as many random tokens as the fold leaves, in sequences of similar lengths, where
   these are fewer than SMALL. It alternates with the folded ways alone ("beside_unshared"), which gives it more rounds
   than beside columns that take a hundred times as long.
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -73,12 +73,12 @@ class Column:
         """At `level` None the model as it is."""
         self.folded = level is not None
         backend: Any = "query_folded" if level == "none" and not graphs and DEVICE.type == "cuda" else None
-        self.model: Any = model
+        self.model = twin(model) if self.folded or compiled else model
         if self.folded:
-            self.model = fold(twin(model), level=level, backend=backend, cuda_graphs=graphs)
+            fold(self.model, level=level, backend=backend, cuda_graphs=graphs)
         if compiled:
-            # For all shapes at once: other batches' columns find what this one compiled.
-            self.model = torch.compile(self.model, dynamic=True, backend=COMPILER)
+            layers: Any = self.model.layers
+            compile_layers(layers)
         self.ids, self.mask = padded(batch)
         self.last = torch.arange(len(batch), device=DEVICE), (self.mask.sum(1) - 1).to(DEVICE)
 
@@ -88,6 +88,15 @@ class Column:
         ids, mask = (self.ids, self.mask) if self.folded else (self.ids.to(DEVICE), self.mask.to(DEVICE))
         states: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return states[self.last]
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """By torch.compile, for all shapes at once: other models of the same sizes find what one compiled.
+
+    Not all of the model: transformers makes no mask where nothing is padded, but does where it is compiled.
+    """
+    for layer in layers:
+        layer.compile(dynamic=True, backend=COMPILER)
 
 
 def columns(model: PreTrainedModel, batch: Batch, folded: Fold) -> dict[str, Call]:

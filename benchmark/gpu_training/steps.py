@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from gpu_forward.batches import Batch
-from gpu_forward.measure import COMPILER, DEVICE
+from gpu_forward.measure import DEVICE, compile_layers
 from gpu_forward.models import SHAPES, padded, twin
 from radix_mlp.torch import cross_entropy
 from radix_mlp.transformers import fold
@@ -61,10 +61,9 @@ def own_model(shape: str) -> Qwen3:
 
 
 def compiled(own: Qwen3) -> Qwen3:
-    """The model with the same parameters in memory and layers by torch.compile, for all shapes at once."""
+    """The model with the same parameters in memory, and layers by torch.compile."""
     fused = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
-    for layer in fused.layers:
-        layer.compile(dynamic=True, backend=COMPILER)
+    compile_layers(fused.layers)
     return fused
 
 
