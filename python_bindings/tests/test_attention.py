@@ -121,6 +121,17 @@ def test_parts_of_long_walks_are_added(options: Options, monkeypatch: pytest.Mon
     compare(fold, tensors(fold, 4, 2, 16), FLOAT32, options, "tree")
 
 
+def test_tree_computes_the_same_without_gradients() -> None:
+    pytest.importorskip("triton")
+    fold = three_levels("depth_first")
+    q, k, v = tensors(fold, 4, 2, 16)
+    expected = attention(q, k, v, fold, backend="tree")
+    with torch.no_grad():
+        # A last dimension that is not contiguous.
+        values = v.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(attention(q, k, values, fold, backend="tree"), expected)
+
+
 def test_more_key_heads_than_start_together() -> None:
     """The last of them are fewer than the others."""
     pytest.importorskip("triton")

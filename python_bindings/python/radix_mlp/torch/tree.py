@@ -35,6 +35,9 @@ def tree_attention(
     CUDA tensors of float16, bfloat16 or float32; products of float32 are taken in float32.
     Differentiable where `walks` of the same fold are given.
     """
+    if not torch.is_grad_enabled():
+        # Without what autograd takes of the host's time for a call.
+        return _forward(_rows(q), _rows(k), _rows(v), mask, scale, softcap, with_lse=False)[0]
     return _TreeAttention.apply(q, k, v, mask, walks, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
