@@ -1,6 +1,7 @@
 """Tree attention by the CUDA kernel for GPUs of compute capability 9.0."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from ctypes import c_uint32, c_void_p
@@ -146,6 +147,15 @@ def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> N
     pretend(monkeypatch, (8, 0))
     assert hopper_kernel(torch.device("cuda:0"), torch.bfloat16, 128) is None
     assert hopper_kernel(torch.device("cpu"), torch.bfloat16, 128) is None
+
+
+@pytest.mark.parametrize("missing", ["cuda.bindings", "cuda.pathfinder"])
+def test_triton_is_taken_where_a_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, forgetful: None, missing: str
+) -> None:
+    pretend(monkeypatch, CAPABILITY)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert hopper_kernel(torch.device("cuda:0"), torch.bfloat16, 128) is None
 
 
 def test_triton_is_taken_where_it_does_not_load(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:

@@ -52,6 +52,7 @@ def hopper_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> An
         return None
     try:
         from cuda.bindings import driver, nvrtc  # noqa: F401
+        from cuda.pathfinder import find_nvidia_header_directory  # noqa: F401
     except ImportError:
         return None
     try:
