@@ -266,6 +266,21 @@ def test_compiled_models(model: Any, batch: dict[str, Tensor]) -> None:
         assert_close(fold(compiled)(**batch).logits, expected)
 
 
+@torch.no_grad()
+def test_dynamic_models_are_compiled_once() -> None:
+    """Whatever the shapes: those of the first batch fill whole 16 bytes, after which other arrays begin."""
+    torch.compiler.reset()
+    compiled: Any = torch.compile(fold(make().model), dynamic=True, backend="aot_eager")
+    graphs = []
+    for sequences, length in ((3, 40), (3, 57), (4, 57), (2, 23)):
+        torch.manual_seed(length)
+        ids = torch.randint(64, (sequences, length))
+        compiled(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert len(set(graphs)) == 1
+
+
 def test_unfold_leaves_nothing_behind(model: Any, batch: dict[str, Tensor]) -> None:
     config, attributes = model.config.to_dict(), set(vars(model))
     implementation = model.config._attn_implementation

@@ -244,4 +244,6 @@ def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_o
     copies = folded(salts=own) if level == "mlp" else None
     arrays = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
     inputs = {name: ids.unsqueeze(0) for name, ids in to_device(arrays, device, torch.int64).items()}
+    # torch.compile takes where a slice begins for the number of rows where they are equal, and would compile again.
+    inputs["position_ids"] = inputs["position_ids"].clone()
     return Batch(packed, fold, copies, inputs)
