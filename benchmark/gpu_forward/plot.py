@@ -24,6 +24,7 @@ COLORS = {
     "full": "tab:green",
     "full graphs": "tab:olive",
     "padded compiled": "tab:cyan",
+    "none compiled": "tab:purple",
     "full compiled": "tab:red",
 }
 MARKS = "osD^"

@@ -24,6 +24,7 @@ COLORS = {
     "PrefixGrouper": "tab:purple",
     "mlp": "tab:orange",
     "full": "tab:green",
+    "none compiled": "tab:brown",
     "full compiled": "tab:red",
     "transformers folded": "tab:olive",
 }

@@ -108,7 +108,7 @@ def shared_bytes(head_dim: int) -> int:
 
 @cache
 def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
-    """The kernel `NAME` as machine code. Takes NVRTC two seconds; raises RuntimeError with its log where it fails."""
+    """The kernel `NAME` as machine code, by NVRTC within seconds. Raises RuntimeError with its log where it fails."""
     from cuda.bindings import nvrtc
     from cuda.pathfinder import find_nvidia_header_directory
 
