@@ -127,9 +127,9 @@ def test_tree_computes_the_same_without_gradients() -> None:
     q, k, v = tensors(fold, 4, 2, 16)
     expected = attention(q, k, v, fold, backend="tree")
     with torch.no_grad():
-        # A last dimension that is not contiguous.
-        values = v.transpose(1, 2).contiguous().transpose(1, 2)
-        assert torch.equal(attention(q, k, values, fold, backend="tree"), expected)
+        # Last dimensions that are not contiguous.
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        assert torch.equal(attention(q, k, v, fold, backend="tree"), expected)
 
 
 def test_more_key_heads_than_start_together() -> None:
