@@ -115,6 +115,15 @@ def test_a_mask_of_ones_is_no_mask(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_mask_of_ones_says_that_positions_that_jump_are_one_sequence(model: Any) -> None:
+    ids = torch.tensor([SEQUENCES[0], SEQUENCES[0][::-1]])
+    jumping = torch.arange(ids.shape[1]) % 3
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": jumping.expand_as(ids)}
+    expected = model(**call).logits
+    assert_close(fold(model)(**call).logits, expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16])
 def test_a_mask_has_any_dtype(model: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> None:
     fold(model)
@@ -490,6 +499,7 @@ def test_on_cuda(batch: dict[str, Tensor], level: Any, graphs: bool, device: Any
 
 @needs_cuda
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("compiled", ["nothing", "layers", "all"])
 def test_graphs_of_large_heads(batch: dict[str, Tensor], compiled: str) -> None:
     """Of heads that Hopper's kernel takes; what torch.compile makes is captured as well."""

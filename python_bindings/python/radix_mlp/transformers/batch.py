@@ -11,6 +11,7 @@ from torch import Tensor
 
 from radix_mlp._host import unsigned
 from radix_mlp.fold import Fold
+from radix_mlp.torch.eager import eager
 from radix_mlp.torch.fold import to_device
 from radix_mlp.transformers.attention import Level
 
@@ -36,20 +37,24 @@ class Packed:
 
 @dataclass(frozen=True)
 class Batch:
-    """A folded call: `fold` is what is computed, at level "none" one that shares nothing.
+    """A folded call: `fold` is what is computed on `device`, at level "none" one that shares nothing.
 
-    `copies` is the batch with nothing shared, at level "mlp" only. `inputs` are `input_ids` and `position_ids`
-    [1, rows], int64, on the model's device.
+    `copies` is the batch with nothing shared, at level "mlp" only.
     """
 
     packed: Packed
     fold: Fold
     copies: Fold | None
-    inputs: dict[str, Tensor]
+    device: torch.device
 
-    @property
-    def device(self) -> torch.device:
-        return self.inputs["input_ids"].device
+    @eager
+    def inputs(self) -> dict[str, Tensor]:
+        """`input_ids` and `position_ids` [1, rows], int64, on the device."""
+        arrays = {"input_ids": self.fold.input_ids, "position_ids": self.fold.position_ids}
+        inputs = {name: ids.unsqueeze(0) for name, ids in to_device(arrays, self.device, torch.int64).items()}
+        # torch.compile takes where a slice begins for the number of rows where they are equal, and compiles again.
+        inputs["position_ids"] = inputs["position_ids"].clone()
+        return inputs
 
     @cached_property
     def host_places(self) -> Tensor:
@@ -121,11 +126,11 @@ def pack_call(
         parts["position_ids"] = _like_ids("position_ids", position_ids, ids)
     if cu_seq_lengths is not None:
         parts["cu_seq_lengths"] = cu_seq_lengths.to(ids.device)
-    elif attention_mask is not None:
-        parts["spans"] = _spans(_like_ids("attention_mask", attention_mask, ids))
+    elif attention_mask is not None and not _is_whole(mask := _like_ids("attention_mask", attention_mask, ids)):
+        parts["spans"] = _spans(mask)
     host = _to_host(parts)
     sequences, length = ids.shape
-    starts, lengths = _sequences(host, sequences, length)
+    starts, lengths = _sequences(host, sequences, length, masked=attention_mask is not None)
     positions = None
     if position_ids is not None:
         positions = unsigned("position_ids", _join(host["position_ids"], starts, lengths))
@@ -142,10 +147,23 @@ def pack_call(
 
 def _like_ids(name: str, values: Tensor, ids: Tensor) -> Tensor:
     """`values` in the shape of `ids`, on its device."""
+    if values.shape == ids.shape and values.device == ids.device:
+        return values
     values = values.unsqueeze(0) if values.ndim == 1 else values
     if values.ndim != 2 or values.shape[1] != ids.shape[1] or values.shape[0] not in (1, ids.shape[0]):
         raise ValueError(f"{name} must be {list(ids.shape)} like input_ids, got shape {tuple(values.shape)}")
     return values.expand_as(ids).to(ids.device)
+
+
+def _is_whole(mask: Tensor) -> bool:
+    """Whether the host can tell that nothing is padded."""
+    return not mask.is_cuda and bool(_bits(mask).all())
+
+
+def _bits(mask: Tensor) -> NDArray[np.bool_]:
+    """By NumPy: torch's threads take milliseconds to come together where other work has the cores."""
+    bits: NDArray[np.bool_] = (mask.bool() if mask.is_floating_point() else mask).numpy() != 0
+    return bits
 
 
 def _spans(mask: Tensor) -> Tensor:
@@ -156,12 +174,7 @@ def _spans(mask: Tensor) -> Tensor:
     if mask.is_cuda:
         kept = mask.bool().byte()
         return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), kept.sum(1)])
-    # By NumPy: torch's threads take milliseconds to come together where other work has the cores.
-    bits = (mask.bool() if mask.is_floating_point() else mask).numpy() != 0
-    if bits.all():
-        # Without padding there is nothing to look for.
-        length = torch.full((len(mask),), mask.shape[1])
-        return torch.stack([torch.zeros_like(length), length, length])
+    bits = _bits(mask)
     # NumPy stops at the first, and counts bits faster.
     spans = [bits.argmax(1), mask.shape[1] - bits[:, ::-1].argmax(1), np.count_nonzero(bits, axis=1)]
     return torch.from_numpy(np.stack(spans))
@@ -183,8 +196,11 @@ def _to_host(parts: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
     return {name: piece.numpy() for name, piece in zip(parts, pieces, strict=True)}
 
 
-def _sequences(host: dict[str, NDArray[Any]], rows: int, length: int) -> tuple[Int64, Int64]:
-    """Where each sequence starts in the flattened input, and how many tokens it has."""
+def _sequences(host: dict[str, NDArray[Any]], rows: int, length: int, *, masked: bool) -> tuple[Int64, Int64]:
+    """Where each sequence starts in the flattened input, and how many tokens it has.
+
+    A call that is `masked` without spans has no padding.
+    """
     if "cu_seq_lengths" in host:
         bounds = host["cu_seq_lengths"].astype(np.int64)
         if bounds.size < 1 or bounds[0] != 0 or bounds[-1] != length or (np.diff(bounds) < 0).any():
@@ -201,7 +217,7 @@ def _sequences(host: dict[str, NDArray[Any]], rows: int, length: int) -> tuple[I
                 f"{lengths[row]} tokens between {first[row]} and {last[row] - 1}"
             )
         return begin + first, lengths
-    if "position_ids" in host:
+    if "position_ids" in host and not masked:
         # As transformers packs a batch without mask: a new sequence where positions do not go on by one.
         positions = host["position_ids"].reshape(rows, length)
         breaks = np.ones(positions.shape, bool)
@@ -242,8 +258,4 @@ def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_o
     own = np.arange(len(packed.starts))
     fold = folded(pad_multiple_of=pad_multiple_of, salts=own if level == "none" else None)
     copies = folded(salts=own) if level == "mlp" else None
-    arrays = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
-    inputs = {name: ids.unsqueeze(0) for name, ids in to_device(arrays, device, torch.int64).items()}
-    # torch.compile takes where a slice begins for the number of rows where they are equal, and would compile again.
-    inputs["position_ids"] = inputs["position_ids"].clone()
-    return Batch(packed, fold, copies, inputs)
+    return Batch(packed, fold, copies, device)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from radix_mlp.torch.dispatch import Backend
-from radix_mlp.torch.eager import eager
+from radix_mlp.torch.eager import eager, eager_itself
 from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install
 from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
 from radix_mlp.transformers.loss import folded_loss, labels_of_tokens, lm_head
@@ -42,13 +42,6 @@ LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 # What transformers calls its cache of keys and values, in arguments and outputs: the first from 5.24 on.
 CACHE_NAMES = ("cache", "past_key_values")
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _skip(function: Function) -> Function:
-    """Run `function` itself as it is under torch.compile, but compile what it calls of the model."""
-    return cast("Function", torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
 
 
 def fold(
@@ -136,11 +129,11 @@ def folded(
 
 @dataclass(frozen=True)
 class Call:
-    """A folded call: the `arguments` with which the model runs on compact rows, and the caller's `cache`."""
+    """A folded call: the `options` with which the model runs on the rows of `batch`, and the caller's `cache`."""
 
     batch: Batch
     attend: FoldedAttention
-    arguments: dict[str, Any]
+    options: dict[str, Any]
     cache: Any
 
 
@@ -203,16 +196,16 @@ class Folding:
             dictionary = self.model.config.return_dict if as_dict is None else as_dict
             return output if dictionary else output.to_tuple()
 
-        module.forward = _skip(forward)
+        module.forward = eager_itself(forward)
         return own
 
-    @_skip
+    @eager_itself
     def _decode(self, call: dict[str, Any]) -> ModelOutput:
         """The decoder's outputs for a padded or packed call."""
         folded: Call = self._fold(call)
-        return self._restored(self._run(folded.arguments), folded, {})
+        return self._restored(self._run(folded.options, folded.batch), folded, {})
 
-    @_skip
+    @eager_itself
     def _predict(self, call: dict[str, Any]) -> ModelOutput:
         """The outputs of a model with an LM head, which also runs once a row."""
         labels, keep = call.pop("labels", None), call.pop("logits_to_keep", 0)
@@ -222,23 +215,26 @@ class Folding:
             # Read before the model runs: the host would wait for it.
             ignored = options.get("ignore_index", -100)
             own = labels_of_tokens(folded.batch, labels, options.get("shift_labels"), ignored)
-            compact = self._run(folded.arguments)
+            compact = self._run(folded.options, folded.batch)
             count = options.get("num_items_in_batch")
             loss = folded_loss(compact[0], head, self.model.config, folded.batch, own, count, ignored)
             return self._restored(compact, folded, {"loss": loss}, CausalLMOutputWithPast)
         restore = self._keep(folded, keep)
-        compact = self.run_model(**folded.arguments)
+        compact = self.run_model(**folded.batch.inputs(), **folded.options)
         ready = {"logits": restore(compact["logits"])}
         if labels is not None:
             ready["loss"] = self.model.loss_function(ready["logits"], labels, self.model.config.vocab_size, **options)
         return self._restored(compact, folded, ready)
 
-    @_skip
-    def _run(self, arguments: dict[str, Any]) -> ModelOutput:
-        """The decoder itself on compact rows, as a CUDA graph where that is asked for and possible."""
-        if self.graphs is not None and self.graphs.takes(arguments):
-            return self.graphs.run(self.run_decoder, self.decoder, arguments)
-        return self.run_decoder(**arguments)
+    @eager_itself
+    def _run(self, call: dict[str, Any], batch: Batch | None = None) -> ModelOutput:
+        """The decoder itself on compact rows, as a CUDA graph where that is asked for and possible.
+
+        The rows are those of `batch` where the call has none; a graph has its own way to bring them to the device.
+        """
+        if self.graphs is not None and self.graphs.takes(call):
+            return self.graphs.run(self.run_decoder, self.decoder, call)
+        return self.run_decoder(**call) if batch is None else self.run_decoder(**batch.inputs(), **call)
 
     @eager
     def _fold(self, call: dict[str, Any]) -> "Call":
@@ -264,8 +260,7 @@ class Folding:
         if len(batch.fold.input_ids) and (largest := batch.fold.input_ids.max()) >= len(embeddings):
             raise ValueError(f"input_ids holds {largest}, but the model has {len(embeddings)} embeddings")
         attend = FoldedAttention(batch.fold, self.backend, batch.copies)
-        arguments = {
-            **batch.inputs,
+        options = {
             **rest,
             # A mask of four dimensions is taken as it is, so that none is made; attention never reads it.
             "attention_mask": torch.zeros(1, 1, 1, 1, device=embeddings.device),
@@ -273,7 +268,7 @@ class Folding:
             "use_cache": use_cache,
             KEYWORD: attend,
         }
-        return Call(batch, attend, arguments, cache)
+        return Call(batch, attend, options, cache)
 
     def _refuse_arguments(self, call: dict[str, Any]) -> None:
         for name in ("inputs_embeds", "encoder_hidden_states", "token_type_ids"):
@@ -296,7 +291,7 @@ class Folding:
         rows = np.unique(kept)
         present = rows[rows < batch.fold.num_rows]
         places = torch.from_numpy(np.searchsorted(present, kept).reshape(-1)).to(batch.device)
-        call.arguments["logits_to_keep"] = torch.from_numpy(present.astype(np.int64)).to(batch.device)
+        call.options["logits_to_keep"] = torch.from_numpy(present.astype(np.int64)).to(batch.device)
         return partial(unfold_rows, places=places, shape=kept.shape, dim=1, padded=len(present) < len(rows))
 
     def _check_layers(self, attend: FoldedAttention) -> None:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.dispatch import unsupported
+from radix_mlp.torch.eager import eager, eager_itself
 from radix_mlp.torch.fold import pack, packed_size, sections
 from radix_mlp.torch.tree import tree_attention
 from radix_mlp.torch.tree_mask import TreeMask, forward_tiles, tree_arrays
@@ -64,13 +66,17 @@ class GraphAttention:
 class Graph:
     """One capture of the decoder, for batches of as many rows as that of `call`."""
 
+    @eager_itself
     def __init__(
         self, forward: Callable[..., ModelOutput], decoder: nn.Module, call: dict[str, Any], pool: Any
     ) -> None:
         held = [module._parameters for module in decoder.modules()]
-        self.weights = [(own, name, p, p.data_ptr()) for own in held for name, p in own.items() if p is not None]
-        self.attend = GraphAttention(call[KEYWORD].fold)
-        self.inputs = {name: call[name].clone() for name in ("input_ids", "position_ids")}
+        weights = [(own, name, weight) for own in held for name, weight in own.items() if weight is not None]
+        self.owners, self.names, self.weights = zip(*weights, strict=True)
+        self.addresses = [weight.data_ptr() for weight in self.weights]
+        fold, device = call[KEYWORD].fold, call["attention_mask"].device
+        self.inputs = {name: ids.unsqueeze(0).to(device) for name, ids in _host_inputs(fold).items()}
+        self.attend = GraphAttention(fold)
         arguments = {**call, **self.inputs, KEYWORD: self.attend}
         # A first run allocates and compiles, which no capture may; it runs on a stream of its own.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -83,19 +89,28 @@ class Graph:
         with torch.cuda.graph(self.graph, pool=pool):
             self.output = forward(**arguments)
 
+    @eager
     def is_current(self) -> bool:
         """Whether the weights still are those that were captured, where they were."""
-        return all(own[name] is p and p.data_ptr() == address for own, name, p, address in self.weights)
+        held = map(getitem, self.owners, self.names)
+        return all(map(is_, held, self.weights)) and list(map(Tensor.data_ptr, self.weights)) == self.addresses
 
-    def replay(self, call: dict[str, Any]) -> ModelOutput:
-        """The outputs, in memory that the next replay overwrites."""
-        for name, static in self.inputs.items():
-            static.copy_(call[name])
-        attend: FoldedAttention = call[KEYWORD]
+    @eager
+    def replay(self, attend: FoldedAttention) -> ModelOutput:
+        """The outputs for the rows of `attend`, in memory that the next replay overwrites."""
+        for name, ids in _host_inputs(attend.fold).items():
+            self.inputs[name].copy_(ids, non_blocking=True)
         self.attend.load(attend.fold)
         self.graph.replay()
         attend.calls, attend.windows = self.attend.calls, self.attend.windows
         return self.output
+
+
+@eager
+def _host_inputs(fold: Fold) -> dict[str, Tensor]:
+    """The decoder's `input_ids` and `position_ids` [rows], int64 in pinned memory."""
+    arrays = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
+    return sections(pack(arrays, torch.int64, pinned=True), dict.fromkeys(arrays, fold.num_rows))
 
 
 class Graphs:
@@ -105,11 +120,12 @@ class Graphs:
         self.graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
 
+    @eager
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether the decoder's call, on compact rows, can be replayed."""
         attend: FoldedAttention = call[KEYWORD]
-        return (
-            call["input_ids"].is_cuda
+        return bool(
+            call["attention_mask"].is_cuda
             and attend.fold.num_rows <= MAX_ROWS
             and attend.copies is None
             and attend.backend in (None, "tree")
@@ -118,13 +134,16 @@ class Graphs:
             and not torch.is_autocast_enabled("cuda")
         )
 
+    @eager_itself
     def run(self, forward: Callable[..., ModelOutput], decoder: nn.Module, call: dict[str, Any]) -> ModelOutput:
         """Replay the graph of this call's shape, captured first where there is none.
+
+        The rows are those of the call's attention, whether the call has their ids or not.
 
         Raises UnsupportedModelError where the decoder cannot be captured.
         """
         options = tuple(sorted((name, value) for name, value in call.items() if isinstance(value, (bool, int, str))))
-        key = (call["input_ids"].shape[1], options)
+        key = (call[KEYWORD].fold.num_rows, options)
         if key in self.graphs and not self.graphs[key].is_current():
             del self.graphs[key]
         # Memory made in inference mode could not be written outside it.
@@ -138,4 +157,4 @@ class Graphs:
                 if len(self.graphs) > MAX_GRAPHS:
                     self.graphs.popitem(last=False)
             self.graphs.move_to_end(key)
-            return self.graphs[key].replay(call)
+            return self.graphs[key].replay(call[KEYWORD])
