@@ -119,6 +119,15 @@ def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
     names = [name.encode() for name in headers]
     source = _source(dtype, head_dim).encode()
     program = _check(nvrtc.nvrtcCreateProgram(source, b"", len(names), list(headers.values()), names))
+    try:
+        return _machine_code(program, folder)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _machine_code(program: Any, folder: str) -> bytes:
+    from cuda.bindings import nvrtc
+
     infinity = "-DINFINITY=__int_as_float(0x7f800000)"
     options = [f"--gpu-architecture={ARCHITECTURE}", "-std=c++17", infinity, f"-I{folder}"]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -128,7 +137,6 @@ def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
         raise RuntimeError(f"NVRTC: {result.name}: {log.rstrip(bytes(1)).decode(errors='replace')}")
     code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
-    _check(nvrtc.nvrtcDestroyProgram(program))
     return bytes(code)
 
 

@@ -66,7 +66,7 @@ def fold(
     "none" nothing (the batch is packed, without padding). `backend` names the attention of
     `radix_mlp.torch.attention`. `cuda_graphs` replays the decoder as a CUDA graph, without the time that
     Python takes to launch its kernels, for batches of up to 16,384 rows where no gradient is asked for; each
-    number of rows, in steps of 128, is captured when it first comes.
+    number of rows, in steps of 128, is captured when it first comes, with what `torch.compile` made of its layers.
 
     In training mode, with `labels`, the loss is that of `radix_mlp.torch.cross_entropy`: the vocabulary's logits
     exist for a chunk of nodes at a time, and `logits` of the result is None. Labels behind padding count nothing.
