@@ -15,7 +15,7 @@ the CPU as a tokenizer gives them:
 
 "device_ms" is the time between two CUDA events around the call, "wall_ms" that until the device is done; the fold on
 the host lies within both. "peak_gib" is what the first call allocates beside the weights, its output included.
-"flips" counts decisions that differ.
+"flips" counts decisions that differ, "flop_compression" is how many times fewer flops the fold leaves.
 
     python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_forward/measure.py --shapes qwen3-4b --only rerank "nothing shared"
@@ -40,9 +40,10 @@ from transformers import PreTrainedModel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+from flops import flop_compression  # noqa: E402
 from gpu_forward.batches import Batch, load, unshared  # noqa: E402
 from gpu_forward.flips import flips  # noqa: E402
-from gpu_forward.models import padded, random_model, twin  # noqa: E402
+from gpu_forward.models import SHAPES, padded, random_model, twin  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
 from gpu_forward.targets import FOLDED, UNSHARED, targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
@@ -306,6 +307,7 @@ def main() -> None:
         model = random_model(shape, DEVICE)
         for name in tqdm(batches, desc=shape):
             row = {"shape": shape, "batch": name} | measure(model, batches[name], given.rounds, seconds)
+            row["flop_compression"] = round(flop_compression(SHAPES[shape], batches[name], None), 4)
             release()
             if shape in ("tiny", "qwen3-0.6b"):
                 row["flips"] = flips(model, batches[name], pairs=name == "rerank")

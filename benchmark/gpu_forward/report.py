@@ -57,6 +57,7 @@ def forward(result: Row) -> str:
         "N → N'",
         "N/N'",
         "Qwen3",
+        "flops",
         *(COLUMNS[name] for name in names),
         "fastest folded over fastest unfolded",
     ]
@@ -67,7 +68,8 @@ def forward(result: Row) -> str:
         best = ratio(fastest(row, UNFOLDED), fastest(row, FOLDED))
         size = f"{row['tokens']:,} → {row['nodes']:,} | {row['compression']:.2f}"
         shape = row["shape"].removeprefix("qwen3-").upper()
-        lines.append(f"| {row['batch']} | {size} | {shape} | {' | '.join(speeds)} | {best} |")
+        cells = [row["batch"], size, shape, f"{row['flop_compression']:.2f}", *speeds, best]
+        lines.append(f"| {' | '.join(cells)} |")
     checks = missed(gpu_forward.targets.targets(result["rows"]))
     return "\n".join([*lines, "", method(result["rows"]), "", flips(result["rows"]), "", checks])
 

@@ -7,7 +7,7 @@ are of equal length; "over none" is the same against `none`, compiled or not.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gpu_forward.checks import at_least, at_most
+from gpu_forward.checks import at_least, at_most, with_flops
 
 Row = dict[str, Any]
 
@@ -55,7 +55,8 @@ def speed_target(
     """Over the fastest unfolded way; the same over `none` stands beside it."""
 
     def worst(over: Iterable[str]) -> list[Row]:
-        return at_least(text, limit, [(value(row, over), f"{row['shape']}, {row['batch']}") for row in rows])
+        named = [(value(row, over), with_flops(f"{row['shape']}, {row['batch']}", row)) for row in rows]
+        return at_least(text, limit, named)
 
     over_none = [{"over none": check["value"]} for check in worst(NONE)] or [{}]
     return [check | over_none[0] for check in worst(UNFOLDED)]

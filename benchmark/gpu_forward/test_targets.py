@@ -15,7 +15,8 @@ def row(
     batch: str = "tree", shape: str = "qwen3-0.6b", nodes: int = 10_000, compression: float = 4.0, **ms: float
 ) -> Row:
     wall = {name.replace("_", " "): time for name, time in ms.items()}
-    return {"shape": shape, "batch": batch, "nodes": nodes, "compression": compression, "wall_ms": wall}
+    sizes = {"nodes": nodes, "compression": compression, "flop_compression": compression}
+    return {"shape": shape, "batch": batch, "wall_ms": wall} | sizes
 
 
 def only(rows: list[Row]) -> Row:
@@ -48,7 +49,7 @@ def test_compiled_ways_are_held_against_each_other() -> None:
 
 def test_worst_row_counts() -> None:
     check = only([row(none=100.0, full=26.0), row("bad", none=100.0, full=30.0), row(none=100.0, full=25.0)])
-    assert (check["met"], check["worst"]) == (False, "qwen3-0.6b, bad")
+    assert (check["met"], check["worst"]) == (False, "qwen3-0.6b, bad; flops 1")
 
 
 @pytest.mark.parametrize(("graphs", "met"), [(25.0, True), (22.0, False)])
