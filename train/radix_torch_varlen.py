@@ -12,7 +12,7 @@ How much is folded is one argument, `Level`:
             is folded again (RadixMLP, arXiv 2601.15013)
     full    N' rows everywhere: a node attends to its path in the trie, and the loss has one row of logits for a node
 
-Read `Batch` first, then `Attention.forward`, then `Qwen3.loss`; the rest is Qwen3 as everybody has it. README.md has
+Read `Batch` first, then `mix`, then `Qwen3.loss`; the rest is Qwen3 as everybody has it. README.md has
 the mathematics, the files test_*.py and proof_*.py the evidence.
 """
 
@@ -233,11 +233,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys."""
+    """The projections of grouped-query attention, with normalised queries and keys; `mix` is what lies between them."""
 
-    def __init__(self, config: Qwen3Config, window: int | None) -> None:
+    def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        hidden, bias, self.head_dim, self.window = config.hidden_size, config.attention_bias, config.head_dim, window
+        hidden, bias, self.head_dim = config.hidden_size, config.attention_bias, config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(hidden, queries, bias=bias)
         self.k_proj = nn.Linear(hidden, keys, bias=bias)
@@ -245,20 +245,23 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, hidden, bias=bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, backend: Backend | None) -> Tensor:
-        # One row a node: a projection does not know how many sequences will ask for it.
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [rows, heads, head_dim]: one row a node, however many sequences will ask for it."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if batch.level == "mlp":
-            # Every token is a query again, of its own sequence's keys.
-            q, k, v = batch.unfold(q), batch.unfold(k), batch.unfold(v)
-            mixed = attention(q, k, v, batch.tokens, window=self.window, backend=backend)
-            mixed = batch.fold_rows(mixed)
-        else:
-            # A node attends to its path: at level "none" the path is its sequence.
-            mixed = attention(q, k, v, batch.fold, window=self.window, backend=backend)
-        projected: Tensor = self.o_proj(mixed.flatten(1))
-        return projected
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+
+# Where torch.compile compiles a layer, its graph breaks here, and nowhere deeper.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def mix(q: Tensor, k: Tensor, v: Tensor, batch: Batch, window: int | None, backend: Backend | None) -> Tensor:
+    """What each row takes from the values it may see, [rows, heads * head_dim]: all that differs between levels."""
+    if batch.level == "mlp":
+        # Every token is a query again, of its own sequence's keys.
+        q, k, v = batch.unfold(q), batch.unfold(k), batch.unfold(v)
+        mixed = attention(q, k, v, batch.tokens, window=window, backend=backend)
+        return batch.fold_rows(mixed).flatten(1)
+    # A node attends to its path: at level "none" the path is its sequence.
+    return attention(q, k, v, batch.fold, window=window, backend=backend).flatten(1)
 
 
 class MLP(nn.Module):
@@ -278,12 +281,13 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Qwen3Config, window: int | None) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(config, window), MLP(config)
+        self.self_attn, self.mlp, self.window = Attention(config), MLP(config), window
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, backend: Backend | None) -> Tensor:
+        q, k, v = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn.o_proj(mix(q, k, v, batch, self.window, backend))
         summed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return summed
 
