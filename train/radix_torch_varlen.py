@@ -254,7 +254,7 @@ class Attention(nn.Module):
 # Where torch.compile compiles a layer, its graph breaks here, and nowhere deeper.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def mix(q: Tensor, k: Tensor, v: Tensor, batch: Batch, window: int | None, backend: Backend | None) -> Tensor:
-    """What each row takes from the values it may see, [rows, heads * head_dim]: all that differs between levels."""
+    """What each row takes from the values it may see, [rows, heads * head_dim]: where a layer differs by level."""
     if batch.level == "mlp":
         # Every token is a query again, of its own sequence's keys.
         q, k, v = batch.unfold(q), batch.unfold(k), batch.unfold(v)

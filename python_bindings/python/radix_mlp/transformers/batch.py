@@ -126,8 +126,9 @@ def pack_call(
         parts["position_ids"] = _like_ids("position_ids", position_ids, ids)
     if cu_seq_lengths is not None:
         parts["cu_seq_lengths"] = cu_seq_lengths.to(ids.device)
-    elif attention_mask is not None and not _is_whole(mask := _like_ids("attention_mask", attention_mask, ids)):
-        parts["spans"] = _spans(mask)
+    elif attention_mask is not None:
+        spans = _spans(_like_ids("attention_mask", attention_mask, ids))
+        parts |= {} if spans is None else {"spans": spans}
     host = _to_host(parts)
     sequences, length = ids.shape
     starts, lengths = _sequences(host, sequences, length, masked=attention_mask is not None)
@@ -155,26 +156,21 @@ def _like_ids(name: str, values: Tensor, ids: Tensor) -> Tensor:
     return values.expand_as(ids).to(ids.device)
 
 
-def _is_whole(mask: Tensor) -> bool:
-    """Whether the host can tell that nothing is padded."""
-    return not mask.is_cuda and bool(_bits(mask).all())
+def _spans(mask: Tensor) -> Tensor | None:
+    """Of each row of `mask`: where its ones start, where they end, and how many they are, [3, sequences].
 
-
-def _bits(mask: Tensor) -> NDArray[np.bool_]:
-    """By NumPy: torch's threads take milliseconds to come together where other work has the cores."""
-    bits: NDArray[np.bool_] = (mask.bool() if mask.is_floating_point() else mask).numpy() != 0
-    return bits
-
-
-def _spans(mask: Tensor) -> Tensor:
-    """Of each row of `mask`: where its ones start, where they end, and how many they are, [3, sequences]."""
+    None where the host sees that nothing is padded.
+    """
     if mask.shape[1] == 0:
         return torch.zeros(3, len(mask), dtype=torch.int64, device=mask.device)
     # The index of a largest value is that of the first of them.
     if mask.is_cuda:
         kept = mask.bool().byte()
         return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), kept.sum(1)])
-    bits = _bits(mask)
+    # By NumPy: torch's threads take milliseconds to come together where other work has the cores.
+    bits = (mask.bool() if mask.is_floating_point() else mask).numpy() != 0
+    if bits.all():
+        return None
     # NumPy stops at the first, and counts bits faster.
     spans = [bits.argmax(1), mask.shape[1] - bits[:, ::-1].argmax(1), np.count_nonzero(bits, axis=1)]
     return torch.from_numpy(np.stack(spans))
