@@ -91,13 +91,13 @@ class Column:
         return states[self.last]
 
 
-def compile_layers(layers: nn.ModuleList) -> None:
+def compile_layers(layers: nn.ModuleList, options: dict[str, Any] | None = None) -> None:
     """By torch.compile, for all shapes at once: other models of the same sizes find what one compiled.
 
     Not all of the model: transformers makes no mask where nothing is padded, but does where it is compiled.
     """
     for layer in layers:
-        layer.compile(dynamic=True, backend=COMPILER)
+        layer.compile(dynamic=True, backend=COMPILER, options=options)
 
 
 def columns(model: PreTrainedModel, batch: Batch, folded: Fold) -> dict[str, Call]:

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from gpu_forward.batches import Batch
-from gpu_forward.measure import COMPILER, DEVICE
+from gpu_forward.measure import DEVICE, compile_layers
 from gpu_forward.models import SHAPES, padded, twin
 from radix_mlp.torch import cross_entropy
 from radix_mlp.transformers import fold
@@ -66,9 +66,7 @@ def compiled(own: Qwen3) -> Qwen3:
     No call checks that modules are still what was compiled: the GPU could wait for that where rows are few.
     """
     fused = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
-    for layer in fused.layers:
-        unchecked: Any = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        layer.compile(dynamic=True, backend=COMPILER, options={"guard_filter_fn": unchecked})
+    compile_layers(fused.layers, {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
     return fused
 
 
