@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from radix_mlp import Fold
-from radix_mlp.torch import Head, attention, cross_entropy, next_token_labels
+from radix_mlp.torch import Head, attention, cross_entropy, fold_handle, next_token_labels
 from radix_mlp.torch.dispatch import Backend
 
 Level = Literal["none", "mlp", "full"]
@@ -45,13 +45,15 @@ LAYOUT: Final = "depth_first"
 class Batch:
     """Packed sequences, folded for one level.
 
-    `fold` is what is computed: the trie of the batch, or at level "none" one that shares nothing.
+    `fold` is what is computed: the trie of the batch, or at level "none" one that shares nothing. `handle` stands for
+    it in compiled layers.
     `input_ids` and `position_ids` are int32 [rows], `scatter_indices` and `fold_gather` int32 [N] and [rows] as in
     `Fold`. `labels` are int64 [N], on the host, where the loss sorts them while the device is busy.
     """
 
     level: Level
     fold: Fold
+    handle: Tensor
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
@@ -79,7 +81,8 @@ class Batch:
         own = fold.tensors(device)
         if labels is None:
             labels = next_token_labels(torch.from_numpy(ids), torch.from_numpy(bounds))
-        return cls(level, fold, own.input_ids, own.position_ids, labels, own.scatter_indices, own.fold_gather)
+        handle = fold_handle(fold)
+        return cls(level, fold, handle, own.input_ids, own.position_ids, labels, own.scatter_indices, own.fold_gather)
 
     @cached_property
     def tokens(self) -> Fold:
@@ -251,17 +254,22 @@ class Attention(nn.Module):
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 
-# Where torch.compile compiles a layer, its graph breaks here, and nowhere deeper.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mix(q: Tensor, k: Tensor, v: Tensor, batch: Batch, window: int | None, backend: Backend | None) -> Tensor:
     """What each row takes from the values it may see, [rows, heads * head_dim]: where a layer differs by level."""
     if batch.level == "mlp":
-        # Every token is a query again, of its own sequence's keys.
-        q, k, v = batch.unfold(q), batch.unfold(k), batch.unfold(v)
-        mixed = attention(q, k, v, batch.tokens, window=window, backend=backend)
-        return batch.fold_rows(mixed).flatten(1)
+        copies: Tensor = mix_copies(q, k, v, batch, window, backend)
+        return copies
     # A node attends to its path: at level "none" the path is its sequence.
-    return attention(q, k, v, batch.fold, window=window, backend=backend).flatten(1)
+    return attention(q, k, v, batch.handle, window=window, backend=backend).flatten(1)
+
+
+# Where torch.compile compiles a layer, its graph breaks here, and nowhere deeper.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def mix_copies(q: Tensor, k: Tensor, v: Tensor, batch: Batch, window: int | None, backend: Backend | None) -> Tensor:
+    """The same at level "mlp": every token is a query again, of its own sequence's keys."""
+    q, k, v = batch.unfold(q), batch.unfold(k), batch.unfold(v)
+    mixed = attention(q, k, v, batch.tokens, window=window, backend=backend)
+    return batch.fold_rows(mixed).flatten(1)
 
 
 class MLP(nn.Module):

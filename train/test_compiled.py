@@ -43,8 +43,8 @@ def loss_and_gradients(model: Qwen3, sequences: Sequences, level: Level) -> list
 # Dynamo looks for the gradient of what a layer gets.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("level", get_args(Level))
-def test_two_graphs_serve_all_layers_and_batches(level: Level) -> None:
-    """One before attention and one behind it: each more would be the host's time, in every layer."""
+def test_one_graph_serves_all_layers_and_batches(level: Level) -> None:
+    """But at level "mlp", where attention of every copy parts it in two: each more would be the host's time."""
     torch.manual_seed(0)
     own = Qwen3(CONFIG).double()
     compiled = copy.deepcopy(own)
@@ -55,4 +55,4 @@ def test_two_graphs_serve_all_layers_and_batches(level: Level) -> None:
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert (one - other).abs().max() <= TOLERANCE * other.abs().max()
-        assert counters["stats"]["unique_graphs"] == 2
+        assert counters["stats"]["unique_graphs"] == (2 if level == "mlp" else 1)

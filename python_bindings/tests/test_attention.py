@@ -48,11 +48,13 @@ def tensors(fold: Fold, heads: int, kv_heads: int, head_dim: int, dtype: Any = t
     return [x.to(DEVICE, dtype).requires_grad_() for x in drawn]
 
 
-def compare(fold: Fold, qkv: list[Tensor], tolerance: float, options: Options, backend: Any) -> None:
-    """Outputs and gradients within `tolerance` of the oracle's largest value, and of 1."""
+def compare(
+    fold: Fold, qkv: list[Tensor], tolerance: float, options: Options, backend: Any, attend: Any = attention
+) -> None:
+    """Outputs and gradients of `attend` within `tolerance` of the oracle's largest value, and of 1."""
     q, k, v = qkv
     expected = oracle(q, k, v, fold, options)
-    found = fold.unfold(attention(q, k, v, fold, backend=backend, **options))
+    found = fold.unfold(attend(q, k, v, fold, backend=backend, **options))
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
     wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))

@@ -1,4 +1,4 @@
-"""Attention over a folded batch: no row is computed twice, whatever the backend."""
+"""Which backend attends over a folded batch: one that can, and is expected to be fast."""
 
 from typing import Literal, get_args
 
@@ -7,77 +7,12 @@ from torch import Tensor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.cost import flash_seconds, tree_seconds
-from radix_mlp.torch.eager import eager
-from radix_mlp.torch.flash import flash_attention, varlen
-from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.softmax import runs_on
 from radix_mlp.torch.tree_mask import forward_tiles, tree_mask
-from radix_mlp.torch.walks import key_walks
 
 Backend = Literal["tree", "query_folded", "sequential"]
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-@eager
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fold: Fold,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-    backend: Backend | None = None,
-) -> Tensor:
-    """Causal attention of every row of `fold` over its path, the row itself included.
-
-    `q` is [rows, heads, head_dim], `k` and `v` are [rows, key heads, head_dim] in the fold's compact
-    space, with rotary embeddings applied; the result has the rows, heads and dtype of `q` and the
-    head_dim of `v`, and is differentiable. Heads are a multiple of key heads (grouped-query
-    attention, arXiv 2305.13245). What padding rows give means nothing.
-
-    `scale` multiplies the scores, head_dim ** -0.5 by default. `softcap` c turns a score s into
-    c * tanh(s / c) (Gemma 2, arXiv 2408.00118). `window` w limits a row to the last w rows of its
-    path, itself included (Mistral, arXiv 2310.06825).
-
-    Backends:
-
-    - "tree": a block-sparse Triton kernel over a depth-first fold. CUDA, float16, bfloat16 or
-      float32, head_dim up to 256, up to 128 heads for each key head, 64 in float32. Gathers nothing.
-      On Hopper a CUDA kernel makes the forward pass in 16 bits at head_dim 64 and 128, where
-      cuda-bindings is installed, as torch does from 2.10 on; the first call compiles it.
-    - "query_folded": FlashAttention's varlen kernel, new rows against whole paths. CUDA, float16 or
-      bfloat16, head_dim a multiple of 8 up to 256, no softcap. Gathers keys and values.
-    - "sequential": scaled_dot_product_attention, one sequence after the other, in bounded memory.
-      Any device and dtype.
-    - None picks the one that the measured cost model (`pick_backend`) expects to be fastest.
-
-    Raises ValueError for shapes, devices or options that do not go together.
-    """
-    _check(q, k, v, fold, window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if backend is None:
-        backend = pick_backend(q, k, v, fold, softcap=softcap, window=window)
-    elif backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    elif problem := unsupported(backend, q, k, v, fold, softcap):
-        raise ValueError(f"backend {backend!r} {problem}")
-    if fold.num_nodes == 0:
-        return q.new_zeros(*q.shape[:2], v.shape[-1])
-    if backend == "tree":
-        from radix_mlp.torch.tree import tree_attention
-
-        walks = key_walks(fold, q, k) if _has_gradients(q, k, v) else None
-        return tree_attention(q, k, v, tree_mask(fold, q, k, window), scale, softcap, walks)
-    if backend == "query_folded":
-        call = fold.derived(("varlen", q.device), lambda: varlen(fold, q.device))
-        return flash_attention(q, k, v, call, scale, window)
-    along = fold.derived(("paths", q.device), lambda: paths(fold, q.device))
-    return sequential_attention(q, k, v, along, scale, softcap, window)
 
 
 def pick_backend(
@@ -89,10 +24,46 @@ def pick_backend(
     benchmark/results/gpu_attention.json. The first pick for a backward pass compiles the tree kernels, so that no later
     one, on a batch of another shape, has to.
     """
+    return _pick(q, k, v, fold, softcap, window, training=has_gradients(q, k, v))
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Fold,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    backend: Backend | None,
+    *,
+    training: bool,
+) -> Backend:
+    """The `backend` that was asked for, or the one to pick. Raises ValueError for what does not go together."""
+    _check(q, k, v, fold, scale, window)
+    if backend is None:
+        return _pick(q, k, v, fold, softcap, window, training=training)
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if problem := unsupported(backend, q, k, v, fold, softcap):
+        raise ValueError(f"backend {backend!r} {problem}")
+    return backend
+
+
+def softmax_scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def has_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _pick(
+    q: Tensor, k: Tensor, v: Tensor, fold: Fold, softcap: float | None, window: int | None, *, training: bool
+) -> Backend:
     if q.device.type != "cuda":
         return "sequential"
     (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
-    training = _has_gradients(q, k, v)
     key = ("backend", q.device, q.dtype, heads, kv_heads, head_dim, v.shape[-1], softcap is None, window, training)
 
     def pick() -> Backend:
@@ -113,11 +84,7 @@ def pick_backend(
     return fold.derived(key, pick)
 
 
-def _has_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, scale: float, window: int | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3 or len(x) != fold.num_rows:
             raise ValueError(f"{name} must be [{fold.num_rows}, heads, head_dim], got shape {tuple(x.shape)}")
@@ -128,6 +95,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, window: int | None) -> N
             "q, k and v must be [rows, heads, head_dim] with heads of q a multiple of those of k and v, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be positive, got {window}")
 

@@ -36,6 +36,10 @@ class Varlen:
 
 def varlen(fold: Fold, device: torch.device) -> Varlen:
     """The varlen call of `fold`: a handful of small arrays, in one transfer."""
+    return fold.derived(("varlen", device), lambda: _varlen(fold, device))
+
+
+def _varlen(fold: Fold, device: torch.device) -> Varlen:
     counts = first_rows(fold)
     lengths = sequence_lengths(fold)
     bringing = counts > 0
@@ -63,23 +67,64 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, call: Varlen, scale: float,
 
     CUDA tensors of float16 or bfloat16, head_dim a multiple of 8 up to 256. Differentiable.
     """
-    if call.order is not None:
-        q = q.index_select(0, call.order)
-    if call.keys is not None:
-        k, v = k.index_select(0, call.keys), v.index_select(0, call.keys)
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        call.cu_queries,
-        call.cu_keys,
-        call.max_queries,
-        call.max_keys,
+    return flash_forward(q, k, v, call, scale, window)[0]
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, call: Varlen, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The output of `flash_attention`, and the logarithms of the softmax's denominators [heads, queries], float32."""
+    q, k, v = _queries(q, call), _keys(k, call), _keys(v, call)
+    lengths = (call.cu_queries, call.cu_keys, call.max_queries, call.max_keys)
+    options = {"scale": scale, **_window(window)}
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False, **options)
+    return (out if call.inverse is None else out.index_select(0, call.inverse)), lse
+
+
+def flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: Varlen,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from what `flash_forward` took and gave and its output's gradient."""
+    random = torch.empty(2, dtype=torch.uint64, device=q.device)
+    lengths = (call.cu_queries, call.cu_keys, call.max_queries, call.max_keys)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        _queries(dout, call),
+        _queries(q, call),
+        _keys(k, call),
+        _keys(v, call),
+        _queries(out, call),
+        lse,
+        *lengths,
         0.0,
         True,
-        False,
+        random,
+        random,
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-    )[0]
-    return out if call.inverse is None else out.index_select(0, call.inverse)
+        **_window(window),
+    )
+    if call.order is not None:
+        dq = torch.zeros_like(q).index_copy_(0, call.order.long(), dq)
+    if call.keys is not None:
+        dk, dv = (torch.zeros_like(x).index_add_(0, call.keys, dx) for x, dx in ((k, dk), (v, dv)))
+    return dq, dk, dv
+
+
+def _queries(x: Tensor, call: Varlen) -> Tensor:
+    return x if call.order is None else x.index_select(0, call.order)
+
+
+def _keys(x: Tensor, call: Varlen) -> Tensor:
+    return x if call.keys is None else x.index_select(0, call.keys)
+
+
+def _window(window: int | None) -> dict[str, int | None]:
+    left, right = (None, None) if window is None else (window - 1, 0)
+    return {"window_size_left": left, "window_size_right": right}

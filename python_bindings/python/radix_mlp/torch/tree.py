@@ -37,7 +37,7 @@ def tree_attention(
     """
     if not torch.is_grad_enabled():
         # Without what autograd takes of the host's time for a call.
-        return _forward(_rows(q), _rows(k), _rows(v), mask, scale, softcap, with_lse=False)[0]
+        return tree_forward(q, k, v, mask, scale, softcap, with_lse=False)[0]
     return _TreeAttention.apply(q, k, v, mask, walks, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -56,8 +56,8 @@ def compile_kernels(
     q, k = (torch.zeros(2 * step, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
     walks = key_walks(fold, q, k, longest=step)
     mask = tree_mask(fold, q, k, 1 if windowed else None)
-    out, lse = _forward(q, k, k, mask, 1.0, None)
-    _backward(q, k, k, out, lse, out, mask, walks, 1.0, None)
+    out, lse = tree_forward(q, k, k, mask, 1.0, None)
+    tree_backward(q, k, k, out, lse, out, mask, walks, 1.0, None)
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -72,8 +72,7 @@ class _TreeAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        q, k, v = _rows(q), _rows(k), _rows(v)
-        out, lse = _forward(q, k, v, mask, scale, softcap, with_lse=walks is not None)
+        out, lse = tree_forward(q, k, v, mask, scale, softcap, with_lse=walks is not None)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = mask, walks, scale, softcap
         return out
@@ -81,11 +80,11 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _backward(q, k, v, out, lse, _rows(gradients[0]), *ctx.options)
+        dq, dk, dv = tree_backward(q, k, v, out, lse, gradients[0], *ctx.options)
         return dq, dk, dv, None, None, None, None
 
 
-def _forward(
+def tree_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,6 +95,7 @@ def _forward(
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The output and, where `with_lse`, the logsumexp in base 2 of each head's rows [heads, rows], float32."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
     rows, heads, head_dim = q.shape
     lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
     if kernel := hopper_kernel(q.device, q.dtype, head_dim):
@@ -114,7 +114,7 @@ def _forward(
     return out, lse
 
 
-def _backward(
+def tree_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -126,7 +126,8 @@ def _backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, from what `_forward` took and gave and its output's gradient."""
+    """Gradients of q, k and v, from what `tree_forward` took and gave and its output's gradient."""
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
     rows, _, _ = q.shape
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)

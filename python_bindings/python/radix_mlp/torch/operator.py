@@ -1,0 +1,117 @@
+"""Attention as one operation of compiled graphs, whatever the batch and the backend that its fold has it take."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from radix_mlp.torch.dispatch import Backend, choose, has_gradients, softmax_scale
+from radix_mlp.torch.flash import flash_backward, flash_forward, varlen
+from radix_mlp.torch.handle import handled
+from radix_mlp.torch.sequential import paths, sequential_attention, sequential_backward
+from radix_mlp.torch.tree_mask import tree_mask
+from radix_mlp.torch.walks import key_walks
+
+
+def compiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    backend: Backend | None,
+) -> Tensor:
+    """`attention` over the fold of `handle`, for torch.compile to trace."""
+    training = has_gradients(q, k, v)
+    out: Tensor = _attention(q, k, v, handle, scale, softcap, window, backend, training)[0]
+    return out
+
+
+@torch.library.custom_op("radix_mlp::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    backend: str | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and where `training` what its backend wants of the softmax: [heads, rows], float32."""
+    fold, scale = handled(handle), softmax_scale(q, scale)
+    chosen = choose(q, k, v, fold, scale, softcap, window, cast("Backend | None", backend), training=training)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    if fold.num_nodes == 0:
+        return q.new_zeros(*q.shape[:2], v.shape[-1]), lse
+    if chosen == "tree":
+        from radix_mlp.torch.tree import tree_forward
+
+        return tree_forward(q, k, v, tree_mask(fold, q, k, window), scale, softcap, with_lse=training)
+    if chosen == "query_folded":
+        out, own = flash_forward(q, k, v, varlen(fold, q.device), scale, window)
+        # Padding rows are no queries.
+        lse[:, : own.shape[1]] = own
+        return out, lse
+    return sequential_attention(q, k, v, paths(fold, q.device), scale, softcap, window).contiguous(), lse
+
+
+@torch.library.custom_op("radix_mlp::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    handle: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous."""
+    fold, scale = handled(handle), softmax_scale(q, scale)
+    chosen = choose(q, k, v, fold, scale, softcap, window, cast("Backend | None", backend), training=True)
+    if fold.num_nodes == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if chosen == "tree":
+        from radix_mlp.torch.tree import tree_backward
+
+        mask, walks = tree_mask(fold, q, k, window), key_walks(fold, q, k)
+        gradients = tree_backward(q, k, v, out, lse, dout, mask, walks, scale, softcap)
+    elif chosen == "query_folded":
+        call = varlen(fold, q.device)
+        own = lse if call.order is None else lse[:, : len(call.order)].contiguous()
+        gradients = flash_backward(dout, q, k, v, out, own, call, scale, window)
+    else:
+        gradients = sequential_backward(dout, q, k, v, out, paths(fold, q.device), scale, softcap, window)
+    dq, dk, dv = gradients
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, handle, *options, _training = inputs
+    ctx.save_for_backward(q, k, v, *output, handle)
+    ctx.options = options
+
+
+def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 6
+
+
+_attention.register_autograd(_gradients, setup_context=_keep)
