@@ -22,6 +22,8 @@ from radix_torch_varlen import Batch as Folded
 from radix_torch_varlen import Level, Qwen3, Qwen3Config
 
 IGNORED = -100
+# Layers that torch.compile makes one graph of: where rows are few, calls of graphs would be what the GPU waits for.
+LAYERS_OF_A_GRAPH = 4
 
 Step = Callable[[], Tensor]
 
@@ -60,12 +62,23 @@ def own_model(shape: str) -> Qwen3:
     return model.bfloat16()
 
 
+class Stack(nn.ModuleList):
+    """Layers that follow each other, in the place of one."""
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        for layer in self:
+            x = layer(x, *context)
+        return x
+
+
 def compiled(own: Qwen3) -> Qwen3:
     """The model with the same parameters in memory, and layers by torch.compile.
 
     No call checks that modules are still what was compiled: the GPU could wait for that where rows are few.
     """
     fused = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
+    starts = range(0, len(fused.layers), LAYERS_OF_A_GRAPH)
+    fused.layers = nn.ModuleList(Stack(fused.layers[start : start + LAYERS_OF_A_GRAPH]) for start in starts)
     compile_layers(fused.layers, {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
     return fused
 
