@@ -263,7 +263,7 @@ def test_gradients_equal_the_plain_model(batch: dict[str, Tensor], level: Any, h
 
 
 def test_compiled_models(model: Any, batch: dict[str, Tensor]) -> None:
-    """Dynamo breaks its graph where the batch is folded and at each attention, and compiles the rest."""
+    """Dynamo breaks its graph where the batch is folded, and compiles the rest."""
     mask = batch["attention_mask"][..., None]
     with torch.no_grad():
         expected = model(**batch).logits * mask
@@ -288,6 +288,32 @@ def test_dynamic_models_are_compiled_once() -> None:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert len(set(graphs)) == 1
+
+
+# Of Dynamo, which looks for the gradient of what a layer gets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("part", ["layers", "all"])
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_nothing_breaks_a_decoders_graph(batch: dict[str, Tensor], part: str, level: Any) -> None:
+    """One of all layers, or of each and the same for all: attention and its gradient are part of it."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, mine = make().train(), fold(make().train(), level=level)
+    for piece in mine.model.layers if part == "layers" else ():
+        piece.compile(dynamic=True, backend="aot_eager")
+    decoder: Any = mine.model
+    run = torch.compile(decoder, dynamic=True, backend="aot_eager") if part == "all" else decoder
+    for first in (0, 1):
+        given = {name: value[first:] for name, value in batch.items()}
+        expected, found = (model(**given, use_cache=False)[0] for model in (plain.model, run))
+        mask = given["attention_mask"][..., None]
+        assert_close(found, expected * mask)
+        wanted = torch.autograd.grad((expected * mask).sum(), list(plain.model.parameters()))
+        for mine_own, plain_own in zip(
+            torch.autograd.grad(found.sum(), list(decoder.parameters())), wanted, strict=True
+        ):
+            assert_close(mine_own, plain_own)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_unfold_leaves_nothing_behind(model: Any, batch: dict[str, Tensor]) -> None:

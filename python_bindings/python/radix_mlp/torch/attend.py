@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch.dispatch import Backend, choose, has_gradients, softmax_scale
+from radix_mlp.torch.dispatch import Backend, attended, choose, has_gradients, softmax_scale
 from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.handle import handled
@@ -71,6 +71,7 @@ def _attend(
     window: int | None,
     backend: Backend | None,
 ) -> Tensor:
+    attended(fold).append(window)
     scale, training = softmax_scale(q, scale), has_gradients(q, k, v)
     backend = choose(q, k, v, fold, scale, softcap, window, backend, training=training)
     if fold.num_nodes == 0:

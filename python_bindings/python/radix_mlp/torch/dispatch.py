@@ -50,6 +50,11 @@ def choose(
     return backend
 
 
+def attended(fold: Fold) -> list[int | None]:
+    """The windows of all calls of attention over `fold` so far: folded models count their layers by them."""
+    return fold.derived(("attended",), list)
+
+
 def softmax_scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from radix_mlp.torch.dispatch import Backend, choose, has_gradients, softmax_scale
+from radix_mlp.torch.dispatch import Backend, attended, choose, has_gradients, softmax_scale
 from radix_mlp.torch.flash import flash_backward, flash_forward, varlen
 from radix_mlp.torch.handle import handled
 from radix_mlp.torch.sequential import paths, sequential_attention, sequential_backward
@@ -43,6 +43,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The output, and where `training` what its backend wants of the softmax: [heads, rows], float32."""
     fold, scale = handled(handle), softmax_scale(q, scale)
+    attended(fold).append(window)
     chosen = choose(q, k, v, fold, scale, softcap, window, cast("Backend | None", backend), training=training)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if fold.num_nodes == 0:

@@ -12,8 +12,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch import attention
-from radix_mlp.torch.dispatch import Backend
+from radix_mlp.torch import attention, fold_handle
+from radix_mlp.torch.dispatch import Backend, attended
 from radix_mlp.torch.eager import eager
 from radix_mlp.transformers.support import UnsupportedModelError
 
@@ -27,9 +27,9 @@ PREFIX = "radix_mlp+"
 class Attend(Protocol):
     """How the rows of one batch attend: `q` [rows, heads, head_dim], `k` and `v` [rows, key heads, head_dim]."""
 
-    # How many layers have attended, and which windows they had.
-    calls: int
-    windows: set[int | None]
+    @property
+    def windows(self) -> list[int | None]:
+        """Those of all layers that have attended."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
@@ -45,20 +45,25 @@ class FoldedAttention:
 
     def __init__(self, fold: Fold, backend: Backend | None, copies: Fold | None = None) -> None:
         self.fold, self.backend, self.copies = fold, backend, copies
-        self.calls = 0
-        self.windows: set[int | None] = set()
+        self.handle = fold_handle(fold)
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Those of all layers that have attended."""
+        return attended(self.fold if self.copies is None else self.copies)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
     ) -> Tensor:
-        self.calls += 1
-        self.windows.add(window)
-        fold = self.fold
-        if self.copies is not None:
-            q, k, v = fold.unfold(q), fold.unfold(k), fold.unfold(v)
-            fold = self.copies
-        out = attention(q, k, v, fold, scale=scale, softcap=softcap, window=window, backend=self.backend)
-        return out if self.copies is None else self.fold.fold(out)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "backend": self.backend}
+        if self.copies is None:
+            return attention(q, k, v, self.handle, **options)
+        return self._attend_copies(q, k, v, self.copies, options)
+
+    @eager
+    def _attend_copies(self, q: Tensor, k: Tensor, v: Tensor, copies: Fold, options: dict[str, Any]) -> Tensor:
+        q, k, v = self.fold.unfold(q), self.fold.unfold(k), self.fold.unfold(v)
+        return self.fold.fold(attention(q, k, v, copies, **options))
 
 
 def install(model: PreTrainedModel) -> str:
@@ -90,7 +95,6 @@ def _attention_forward(
     return _attend(attend, module, query, key, value, options), None
 
 
-@eager
 def _attend(
     attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> Tensor:

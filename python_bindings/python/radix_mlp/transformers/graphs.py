@@ -31,14 +31,13 @@ class GraphAttention:
     def __init__(self, fold: Fold) -> None:
         self.fold = fold
         self.masks: dict[int | None, tuple[TreeMask, Tensor, int]] = {}
-        self.calls = 0
-        self.windows: set[int | None] = set()
+        self.windows: list[int | None] = []
 
+    @eager
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
     ) -> Tensor:
-        self.calls += 1
-        self.windows.add(window)
+        self.windows.append(window)
         if window not in self.masks:
             if problem := unsupported("tree", q, k, v, self.fold, softcap):
                 raise UnsupportedModelError(f"CUDA graphs attend by the tree kernel, which {problem}")
@@ -84,7 +83,7 @@ class Graph:
         with torch.cuda.stream(stream):
             forward(**arguments)
         torch.cuda.current_stream().wait_stream(stream)
-        self.attend.calls = 0
+        self.attend.windows.clear()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             self.output = forward(**arguments)
@@ -102,7 +101,7 @@ class Graph:
             self.inputs[name].copy_(ids, non_blocking=True)
         self.attend.load(attend.fold)
         self.graph.replay()
-        attend.calls, attend.windows = self.attend.calls, self.attend.windows
+        attend.windows.extend(self.attend.windows)
         return self.output
 
 
