@@ -17,6 +17,7 @@ from radix_mlp._core import cuda_sources
 from radix_mlp.torch import attention
 from radix_mlp.torch.hopper import (
     CAPABILITY,
+    COUNTERS,
     DTYPES,
     HEAD_DIMS,
     HEADERS,
@@ -24,6 +25,7 @@ from radix_mlp.torch.hopper import (
     NAME,
     TILE,
     Sizes,
+    _counter,
     compiled,
     hopper_attention,
     hopper_kernel,
@@ -141,6 +143,13 @@ def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         **{"full": mask.full.data_ptr(), "partial": mask.partial.data_ptr()},
         **{"full_blocks": mask.blocks.data_ptr(), "partial_blocks": mask.blocks.data_ptr()},
     }
+
+
+def test_each_launch_has_a_counter_of_its_own() -> None:
+    streams = [1, 2]
+    taken = [_counter(torch.device("cpu"), stream) for _ in range(COUNTERS + 5) for stream in streams]
+    assert len({counter.data_ptr() for counter in taken}) == len(taken)
+    assert not torch.stack(taken).any()
 
 
 def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:

@@ -6,7 +6,9 @@ waits for each product. CUDA builds of torch bring NVRTC and, from 2.10 on, the 
 
 import ctypes
 import warnings
+from collections.abc import Iterator
 from functools import cache, lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ THREADS, TILE, KEY_BLOCK = 384, 128, 64
 COLUMNS = 64
 
 NAME = "tree_attention"
+# Launches whose counters are filled at once.
+COUNTERS = 256
+_lock = Lock()
 # The host's headers, which NVRTC does without: of CUDA's own one, all that the kernel uses.
 HEADERS = {
     "cstdint": "using uint8_t = unsigned char; using uint32_t = unsigned int; using uint64_t = unsigned long long; "
@@ -82,19 +87,18 @@ def hopper_attention(
     (rows, heads, _), kv_heads = q.shape, k.shape[1]
     group, tiles = heads // kv_heads, len(mask.full) - 1
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    # By which the launch's blocks take their tiles.
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     maps = [_map(q, TILE // group, group), _map(k, KEY_BLOCK, 1), _map(v, KEY_BLOCK, 1)]
     lists = [mask.full, mask.blocks, mask.partial, mask.blocks]
     pointers = [out.data_ptr(), 0 if lse is None else lse.data_ptr()]
     pointers += [x.data_ptr() for x in (mask.subtree_end, mask.depth, *lists)]
     strides = [step for x in (q, k, v) for step in x.stride()[:2]]
     sizes = Sizes(*strides, rows, heads, group, mask.window or 0, scale, softcap or 0.0)
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    counter = _counter(q.device, stream)
     values = [*maps, *pointers, sizes, tiles, tiles * kv_heads, counter.data_ptr()]
     types = [*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), None, ctypes.c_uint32, ctypes.c_uint32]
     arguments = (tuple(values), (*types, ctypes.c_void_p))
     blocks = min(tiles * kv_heads, _multiprocessors(q.device))
-    stream = torch.cuda.current_stream(q.device).cuda_stream
     with torch.cuda.device(q.device):
         shared = shared_bytes(q.shape[-1])
         _check(driver.cuLaunchKernel(kernel, blocks, 1, 1, THREADS, 1, 1, shared, stream, arguments, 0))
@@ -197,6 +201,22 @@ def _encoded(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+
+
+def _counter(device: torch.device, stream: int) -> Tensor:
+    """A zero, by which the blocks of a launch on `stream` take their tiles."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Zero again at each replay.
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    with _lock:
+        return next(_counters(device, stream))
+
+
+@cache
+def _counters(device: torch.device, _stream: int) -> Iterator[Tensor]:
+    while True:
+        # One launch fills those of many.
+        yield from torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 @cache

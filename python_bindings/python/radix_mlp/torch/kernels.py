@@ -125,7 +125,7 @@ def forward(
     total = tl.where(valid, total, 1.0)
     out = Out + row[:, None].to(tl.int64) * stride_o + head[:, None] * stride_oh + dim[None, :]
     tl.store(out, (acc / total[:, None]).to(Out.dtype.element_ty), mask=valid[:, None] & (dim[None, :] < HEAD_DIM))
-    tl.store(Lse + head * rows + row, peak + tl.log2(total), mask=valid)
+    tl.store(Lse + head * rows + row, (peak + tl.log2(total)) / LOG2_E, mask=valid)
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def query_gradient(
     dim = tl.arange(0, DIM)
     q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, EVEN)
     dout = _load_heads(DOut, row, head, dim, stride_o, stride_oh, valid, HEAD_DIM, EVEN)
-    lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
+    lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0) * LOG2_E
     out = _load_heads(Out, row, head, dim, stride_out, stride_outh, valid, HEAD_DIM, EVEN)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(Delta + head * rows + row, delta, mask=valid)
@@ -211,7 +211,7 @@ def _key_gradient_tile(
         q = _load_heads(Q, row, head, dim, stride_q, stride_qh, valid, HEAD_DIM, HEAD_DIM == DIM)
         dout = _load_heads(DOut, row, head, dim, stride_o, stride_oh, valid, HEAD_DIM, HEAD_DIM == DIM)
     # An entry that is no query has zeros for q and dout: it must only not overflow.
-    lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0)
+    lse = tl.load(Lse + head * rows + row, mask=valid, other=0.0) * LOG2_E
     delta = tl.load(Delta + head * rows + row, mask=valid, other=0.0)
     s, factor, slope = _scores(k, q, scale, softcap, SOFTCAP, PRECISION)
     p = tl.exp2(s * factor - lse[None, :])

@@ -1,6 +1,5 @@
 """Tree attention as a differentiable function of torch tensors."""
 
-import math
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,6 @@ from radix_mlp.torch.walks import Walks, key_walks
 # Key heads of a tile that start together, of this many query heads and of all: where all tiles of one head start before
 # the next head's, the last head's longest tiles end long after the others.
 QUERY_HEADS_IN_A_ROW, KEY_HEADS_IN_A_ROW = 16, 8
-LOG2_E = 1 / math.log(2)
 
 
 def tree_attention(
@@ -94,14 +92,14 @@ def tree_forward(
     *,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The output and, where `with_lse`, the logsumexp in base 2 of each head's rows [heads, rows], float32."""
+    """The output and, where `with_lse`, the logsumexp of each head's rows [heads, rows], float32."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     rows, heads, head_dim = q.shape
     lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
     if kernel := hopper_kernel(q.device, q.dtype, head_dim):
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
         out = hopper_attention(kernel, q, k, v, mask, scale, softcap, lse if with_lse else None)
-        return out, lse.mul_(LOG2_E) if with_lse else lse
+        return out, lse
     kv_heads = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kernels.forward[((len(mask.full) - 1) * kv_heads,)](
