@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,28 +96,33 @@ def pairs_of(fold: Fold, labels: Tensor, ignore_index: int, vocabulary: int, dev
         raise ValueError(f"labels must be [{fold.num_tokens}], got shape {tuple(labels.shape)}")
     host = to_host({"labels": labels})["labels"]
     tokens = np.flatnonzero(host != ignore_index)
-    wrong = tokens[(host[tokens] < 0) | (host[tokens] >= vocabulary)]
-    if wrong.size:
-        raise ValueError(f"labels[{wrong[0]}] is {host[wrong[0]]}, which is not in 0..{vocabulary}")
-    keys = fold.scatter_indices[tokens].astype(np.int64) * vocabulary + host[tokens]
-    order = np.argsort(keys, kind="stable")
-    tokens, keys = tokens[order], keys[order]
-    rows, distinct = _first_of_each(keys // vocabulary), _first_of_each(keys)
-    starts = np.flatnonzero(rows)
+    own = host[tokens]
+    if own.size and not 0 <= own.min() <= own.max() < vocabulary:
+        wrong = tokens[(own < 0) | (own >= vocabulary)][0]
+        raise ValueError(f"labels[{wrong}] is {host[wrong]}, which is not in 0..{vocabulary}")
+    order = np.argsort(fold.scatter_indices[tokens].astype(np.int64) * vocabulary + own, kind="stable")
+    tokens, own = tokens[order], own[order].astype(np.int64)
+    rows = fold.scatter_indices[tokens]
+    is_first = _differs(rows)
+    starts = np.flatnonzero(is_first)
+    sequences = np.repeat(np.arange(fold.num_sequences), np.diff(fold.cu_seq_lengths))
     arrays = {
-        "rows": keys[starts] // vocabulary,
+        "rows": rows[starts],
         "tokens": tokens,
-        "sequences": np.searchsorted(fold.cu_seq_lengths, tokens, side="right") - 1,
-        "places": np.cumsum(rows) - 1,
-        "labels": keys % vocabulary,
-        "distinct": np.cumsum(distinct) - 1,
+        "sequences": sequences[tokens],
+        "places": np.cumsum(is_first) - 1,
+        "labels": own,
+        "distinct": np.cumsum(is_first | _differs(own)) - 1,
     }
     on_device = to_device(arrays, device, torch.int64)
     return Pairs(**on_device, bounds=np.append(starts, len(tokens)), labels_on_host=arrays["labels"])
 
 
-def _first_of_each(ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.diff(ascending, prepend=-1) > 0
+def _differs(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of `values` is not the one before it; the first is not."""
+    differs = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=differs[1:])
+    return differs
 
 
 def _whole_tiles(most: int) -> int:
