@@ -34,12 +34,11 @@ class Rates:
 
 
 # Measured on an H200 by benchmark/gpu_attention/measure.py, fitted by fit.py beside it; training is a forward and a
-# backward pass. No measured call of FlashAttention waited for the host. The tree's are those of Triton's kernels, where
-# Hopper's own forward pass takes less.
-TREE = Rates(8.37e-5, {"flops": 1.72e-15, "tiles": 5.52e-8})
-TREE_TRAINING = Rates(7.21e-4, {"flops": 8.21e-15, "tiles": 1.18e-7})
-FLASH = Rates(0.0, {"flops": 2.72e-15, "tiles": 3.49e-8, "bytes": 1.71e-13, "gathers": 4.88e-5})
-FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.27e-7, "bytes": 3.2e-12, "gathers": 2.98e-4})
+# backward pass. No measured call of FlashAttention waited for the host. The tree's forward pass is Hopper's own kernel.
+TREE = Rates(1.26e-4, {"flops": 1.51e-15, "tiles": 3.41e-8})
+TREE_TRAINING = Rates(1.23e-3, {"flops": 8.4e-15, "tiles": 6.29e-8})
+FLASH = Rates(0.0, {"flops": 2.65e-15, "tiles": 3.51e-8, "bytes": 1.61e-13, "gathers": 7.3e-5})
+FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.27e-7, "bytes": 3.22e-12, "gathers": 2.96e-4})
 
 
 def tree_seconds(
