@@ -3,8 +3,7 @@
 Times in alternation, each way in its own steady state (steady.py), on the same weights and tokens:
 
 - none, mlp, full: the levels of train/radix_torch_varlen.py, `none` and `mlp` with FlashAttention's varlen kernel;
-- none compiled, full compiled: the same with layers by torch.compile, four in a graph, which does not check its modules
-  at each call;
+- none compiled, full compiled: the same with layers by torch.compile, seven in a graph, whose modules no call checks;
 - transformers padded, padding-free: its own Qwen3 as people run it, with sdpa and FlexAttention;
 - transformers folded: the same model, folded by radix_mlp.transformers;
 - PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.

@@ -23,7 +23,7 @@ from radix_torch_varlen import Level, Qwen3, Qwen3Config
 
 IGNORED = -100
 # Layers that torch.compile makes one graph of: where rows are few, calls of graphs would be what the GPU waits for.
-LAYERS_OF_A_GRAPH = 4
+LAYERS_OF_A_GRAPH = 7
 
 Step = Callable[[], Tensor]
 

@@ -90,11 +90,12 @@ def _pick(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, scale: float, window: int | None) -> None:
+    rows, dtype, device = fold.num_rows, q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3 or len(x) != fold.num_rows:
-            raise ValueError(f"{name} must be [{fold.num_rows}, heads, head_dim], got shape {tuple(x.shape)}")
-        if (x.device, x.dtype) != (q.device, q.dtype):
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+        if x.ndim != 3 or x.shape[0] != rows:
+            raise ValueError(f"{name} must be [{rows}, heads, head_dim], got shape {tuple(x.shape)}")
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {dtype} on {device}")
     if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
         raise ValueError(
             "q, k and v must be [rows, heads, head_dim] with heads of q a multiple of those of k and v, "

@@ -85,7 +85,7 @@ def hopper_attention(
     from cuda.bindings import driver
 
     (rows, heads, _), kv_heads = q.shape, k.shape[1]
-    group, tiles = heads // kv_heads, len(mask.full) - 1
+    group, tiles = heads // kv_heads, mask.full.shape[0] - 1
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     maps = [_map(q, TILE // group, group), _map(k, KEY_BLOCK, 1), _map(v, KEY_BLOCK, 1)]
     lists = [mask.full, mask.blocks, mask.partial, mask.blocks]

@@ -45,13 +45,13 @@ def _attention(
     fold, scale = handled(handle), softmax_scale(q, scale)
     attended(fold).append(window)
     chosen = choose(q, k, v, fold, scale, softcap, window, cast("Backend | None", backend), training=training)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    if fold.num_nodes == 0:
-        return q.new_zeros(*q.shape[:2], v.shape[-1]), lse
-    if chosen == "tree":
+    if chosen == "tree" and fold.num_nodes:
         from radix_mlp.torch.tree import tree_forward
 
         return tree_forward(q, k, v, tree_mask(fold, q, k, window), scale, softcap, with_lse=training)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    if fold.num_nodes == 0:
+        return q.new_zeros(*q.shape[:2], v.shape[-1]), lse
     if chosen == "query_folded":
         out, own = flash_forward(q, k, v, varlen(fold, q.device), scale, window)
         # Padding rows are no queries.

@@ -133,12 +133,15 @@ def tree_backward(
     scalars = (rows, kv_heads, scale, softcap or 0.0, mask.window or 0)
     tiles = query_gradient_tiles(q.shape[-1], q.dtype)
     parts = mask.tiles.tile // tiles.tile
+    keys = _descriptors([tiles.key_block, 1], k, v)
     kernels.query_gradient[((len(mask.full) - 1) * parts * kv_heads,)](
-        q, *_descriptors([tiles.key_block, 1], k, v), out, dout, lse, delta, dq,  # type: ignore[call-arg]
+        q, *keys, out, dout, lse, delta, dq,  # type: ignore[call-arg]
         mask.subtree_end, mask.depth, mask.full, mask.partial, mask.blocks,
         *scalars, *q.stride()[:2], *out.stride()[:2], *dout.stride()[:2], *dq.stride()[:2],
         **_constants(q, kv_heads, mask, softcap, tiles, _query_heads_in_a_row(q, k)) | {"LISTED": mask.tiles.tile},
     )  # fmt: skip
+    if walks.tiles.key_block != tiles.key_block:
+        keys = _descriptors([walks.tiles.key_block, 1], k, v)
     tiles, group = walks.tiles, q.shape[1] // kv_heads
     sums = lse.new_empty(walks.parts, kv_heads, 2, tiles.key_block, _padded(q.shape[-1]))
     # A descriptor's block has powers of two of rows and heads.
@@ -146,7 +149,7 @@ def tree_backward(
     step = [tiles.tile // group, group]
     kernels.key_gradient[(len(walks.key_block) * kv_heads,)](
         *_descriptors(step, q, dout) if through else (q, dout),  # type: ignore[call-arg]
-        *_descriptors([tiles.key_block, 1], k, v), lse, delta, dk, dv, sums,
+        *keys, lse, delta, dk, dv, sums,
         walks.key_block, walks.first_step, walks.walk_end, walks.part,
         mask.subtree_end, mask.depth,
         *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
@@ -179,14 +182,15 @@ def _descriptors(block: list[int], *tensors: Tensor) -> list[Any]:
 
 def _aligned(x: Tensor) -> Tensor:
     """`x` at addresses of whole 16 bytes that differ, as the copy engine wants them; a copy where it is not so."""
-    steps = [stride * x.element_size() for stride in x.stride()[:2]]
-    if x.data_ptr() % 16 == 0 and all(step and step % 16 == 0 for step in steps):
+    (row, head, _), size = x.stride(), x.element_size()
+    if x.data_ptr() % 16 == 0 and row and head and row * size % 16 == 0 and head * size % 16 == 0:
         return x
     width = x.shape[-1]
     wide = x.new_empty(*x.shape[:2], width + -width % (16 // x.element_size()))
     return wide[..., :width].copy_(x)
 
 
+@cache
 def _padded(head_dim: int) -> int:
     return max(16, int(triton.next_power_of_2(head_dim)))
 
