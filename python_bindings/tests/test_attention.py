@@ -153,7 +153,7 @@ def test_long_tries(options: Options, backend: str) -> None:
 # float16 keeps 11 bits: a rounding of the weights and of the output, 2**-11 each, and in gradients once more.
 @pytest.mark.parametrize("shape", [(4, 2, 16), (3, 1, 24), (2, 1, 136)])
 def test_tiles_of_half_precision(shape: tuple[int, int, int]) -> None:
-    """They are larger than those of float32, the query gradient's parts of the forward pass's, the key gradient's of large
+    """Larger than those of float32, the query gradient's parts of the forward pass's, the key gradient's of large
     heads of more keys."""
     pytest.importorskip("triton")
     fold = three_levels("depth_first")

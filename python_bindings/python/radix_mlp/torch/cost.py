@@ -35,10 +35,10 @@ class Rates:
 
 # Measured on an H200 by benchmark/gpu_attention/measure.py, fitted by fit.py beside it; training is a forward and a
 # backward pass. No measured call of FlashAttention waited for the host. The tree's forward pass is Hopper's own kernel.
-TREE = Rates(1.26e-4, {"flops": 1.51e-15, "tiles": 3.41e-8})
-TREE_TRAINING = Rates(1.23e-3, {"flops": 8.4e-15, "tiles": 6.29e-8})
-FLASH = Rates(0.0, {"flops": 2.65e-15, "tiles": 3.51e-8, "bytes": 1.61e-13, "gathers": 7.3e-5})
-FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.27e-7, "bytes": 3.22e-12, "gathers": 2.96e-4})
+TREE = Rates(1.05e-4, {"flops": 1.51e-15, "tiles": 3.37e-8})
+TREE_TRAINING = Rates(9.18e-4, {"flops": 8.05e-15, "tiles": 9.79e-8})
+FLASH = Rates(0.0, {"flops": 2.66e-15, "tiles": 3.69e-8, "bytes": 1.62e-13, "gathers": 5.79e-5})
+FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.29e-7, "bytes": 3.22e-12, "gathers": 2.96e-4})
 
 
 def tree_seconds(
