@@ -12,7 +12,7 @@ All compute the logits chunk by chunk; `none`, `mlp` and `full` add the head's g
 (`Head.into_grad`), for a tied one would wait for the end of the step in memory that no fold lowers. "flop_compression"
 is how many times fewer flops the fold leaves. "wall_ms" is the time of a step until the device is done, the fold on the
 host included; labels are the data's. "peak_gib" is what a step takes beside weights and gradients. Where `none` does
-not fit, layers are checkpointed, in all columns.
+not fit, layers are checkpointed, in all columns, compiled ones seven at a time.
 "seconds_of_shapes" are those of the first step and of the median of 20 steps on batches of different shapes.
 
     python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json

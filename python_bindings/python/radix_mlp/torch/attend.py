@@ -71,7 +71,7 @@ def _attend(
     window: int | None,
     backend: Backend | None,
 ) -> Tensor:
-    attended(fold).append(window)
+    attended(fold)[window] += 1
     scale, training = softmax_scale(q, scale), has_gradients(q, k, v)
     backend = choose(q, k, v, fold, scale, softcap, window, backend, training=training)
     if fold.num_nodes == 0:

@@ -1,5 +1,6 @@
 """Which backend attends over a folded batch: one that can, and is expected to be fast."""
 
+from collections import Counter
 from typing import Literal, get_args
 
 import torch
@@ -50,9 +51,9 @@ def choose(
     return backend
 
 
-def attended(fold: Fold) -> list[int | None]:
-    """The windows of all calls of attention over `fold` so far: folded models count their layers by them."""
-    return fold.derived(("attended",), list)
+def attended(fold: Fold) -> Counter[int | None]:
+    """How many calls of attention over `fold` had which window: folded models count their layers by them."""
+    return fold.derived(("attended",), Counter)
 
 
 def softmax_scale(q: Tensor, scale: float | None) -> float:

@@ -43,20 +43,20 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The output, and where `training` what its backend wants of the softmax: [heads, rows], float32."""
     fold, scale = handled(handle), softmax_scale(q, scale)
-    attended(fold).append(window)
+    attended(fold)[window] += 1
     chosen = choose(q, k, v, fold, scale, softcap, window, cast("Backend | None", backend), training=training)
     if chosen == "tree" and fold.num_nodes:
         from radix_mlp.torch.tree import tree_forward
 
         return tree_forward(q, k, v, tree_mask(fold, q, k, window), scale, softcap, with_lse=training)
+    if chosen == "query_folded" and fold.num_nodes:
+        out, lse = flash_forward(q, k, v, varlen(fold, q.device), scale, window)
+        # Padding rows are no queries.
+        padding = q.shape[0] - lse.shape[1]
+        return out, torch.nn.functional.pad(lse, (0, padding)) if padding else lse
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     if fold.num_nodes == 0:
         return q.new_zeros(*q.shape[:2], v.shape[-1]), lse
-    if chosen == "query_folded":
-        out, own = flash_forward(q, k, v, varlen(fold, q.device), scale, window)
-        # Padding rows are no queries.
-        lse[:, : own.shape[1]] = own
-        return out, lse
     return sequential_attention(q, k, v, paths(fold, q.device), scale, softcap, window).contiguous(), lse
 
 

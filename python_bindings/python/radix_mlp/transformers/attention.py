@@ -1,6 +1,7 @@
 """The attention implementation that folded models run in place of their own."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -28,8 +29,8 @@ class Attend(Protocol):
     """How the rows of one batch attend: `q` [rows, heads, head_dim], `k` and `v` [rows, key heads, head_dim]."""
 
     @property
-    def windows(self) -> list[int | None]:
-        """Those of all layers that have attended."""
+    def windows(self) -> Counter[int | None]:
+        """How many layers have attended with which window."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
@@ -48,8 +49,8 @@ class FoldedAttention:
         self.handle = fold_handle(fold)
 
     @property
-    def windows(self) -> list[int | None]:
-        """Those of all layers that have attended."""
+    def windows(self) -> Counter[int | None]:
+        """How many layers have attended with which window."""
         return attended(self.fold if self.copies is None else self.copies)
 
     def __call__(

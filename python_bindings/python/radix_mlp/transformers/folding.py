@@ -297,16 +297,16 @@ class Folding:
     def _check_layers(self, attend: FoldedAttention) -> None:
         """Every layer must have attended through the fold, and a window must have reached one of them."""
         name = type(self.model).__name__
-        windows = attend.windows
+        calls = attend.windows.total()
         # Some layers attend twice.
-        if not windows or len(windows) % self.layers:
+        if calls == 0 or calls % self.layers:
             raise UnsupportedModelError(
-                f"{name} cannot be folded: {len(windows)} of its {self.layers} layers attended through "
+                f"{name} cannot be folded: {calls} of its {self.layers} layers attended through "
                 "transformers' attention interface"
             )
         window = getattr(self.model.config, "sliding_window", None)
         layers = getattr(self.model.config, "layer_types", None) or ["sliding_attention"]
-        if window is not None and "sliding_attention" in layers and set(windows) == {None}:
+        if window is not None and "sliding_attention" in layers and set(attend.windows) == {None}:
             raise UnsupportedModelError(f"{name} cannot be folded: no layer was told its sliding window of {window}")
 
     @eager

@@ -1,6 +1,6 @@
 """Replays of a folded decoder as CUDA graphs: a batch that is small for its GPU waits for no launch."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from operator import getitem, is_
 from typing import Any
@@ -31,13 +31,13 @@ class GraphAttention:
     def __init__(self, fold: Fold) -> None:
         self.fold = fold
         self.masks: dict[int | None, tuple[TreeMask, Tensor, int]] = {}
-        self.windows: list[int | None] = []
+        self.windows: Counter[int | None] = Counter()
 
     @eager
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None, window: int | None
     ) -> Tensor:
-        self.windows.append(window)
+        self.windows[window] += 1
         if window not in self.masks:
             if problem := unsupported("tree", q, k, v, self.fold, softcap):
                 raise UnsupportedModelError(f"CUDA graphs attend by the tree kernel, which {problem}")
@@ -101,7 +101,7 @@ class Graph:
             self.inputs[name].copy_(ids, non_blocking=True)
         self.attend.load(attend.fold)
         self.graph.replay()
-        attend.windows.extend(self.attend.windows)
+        attend.windows.update(self.attend.windows)
         return self.output
 
 
