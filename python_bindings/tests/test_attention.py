@@ -13,7 +13,8 @@ from torch import Tensor
 
 from radix_mlp import Fold
 from radix_mlp.torch import attention, pick_backend, walks
-from radix_mlp.torch.sequential import MAX_SCORES
+from radix_mlp.torch.flash import varlen
+from radix_mlp.torch.sequential import MAX_SCORES, paths
 
 CUDA = torch.cuda.is_available()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -228,6 +229,13 @@ def test_compiled_models_attend() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def test_a_fold_keeps_what_is_made_of_it() -> None:
+    """Every layer asks for it."""
+    fold, device = three_levels("depth_first"), torch.device("cpu")
+    assert varlen(fold, device) is varlen(fold, device)
+    assert paths(fold, device) is paths(fold, device)
+
+
 def test_an_empty_batch_attends() -> None:
     fold = Fold.from_sequences([], layout="depth_first")
     q = torch.zeros(0, 2, 8)
@@ -244,6 +252,7 @@ def test_cpu_takes_the_exact_path() -> None:
     ("change", "message"),
     [
         ({"q": (5, 2, 8)}, r"q must be \[4, heads, head_dim\], got shape \(5, 2, 8\)"),
+        ({"v": (3, 2, 8)}, r"v must be \[4, heads, head_dim\], got shape \(3, 2, 8\)"),
         ({"k": (4, 16)}, r"k must be \[4, heads, head_dim\]"),
         ({"q": (4, 3, 8)}, "heads of q a multiple"),
         ({"k": (4, 2, 16), "v": (4, 2, 16)}, "heads of q a multiple"),

@@ -128,8 +128,8 @@ def test_the_operation_says_the_truth_of_itself() -> None:
     fold = three_levels("depth_first")
     q, k, v = tensors(fold, 4, 2, 16)
     strided = q.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    for queries in (q, strided):
-        given = (queries, k, v, fold_handle(fold), 0.25, 2.0, 40, "sequential", True)
+    for qkv in ((q, k, v), (strided, k, v), (q.double(), k.double(), v.double())):
+        given = (*qkv, fold_handle(fold), 0.25, 2.0, 40, "sequential", True)
         # What comes beside the output is no function of the input that could be differentiated, or be compared.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(operator_module._attention, given, test_utils=tests)
