@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_mlp import Fold
 from radix_mlp.torch import attention, pick_backend, walks
-from radix_mlp.torch.flash import varlen
+from radix_mlp.torch.flash import Gather, varlen
 from radix_mlp.torch.sequential import MAX_SCORES, paths
 
 CUDA = torch.cuda.is_available()
@@ -169,6 +171,29 @@ def test_tiles_of_half_precision(shape: tuple[int, int, int]) -> None:
 def test_half_precision_on_cuda(backend: Any, shape: tuple[int, int, int], window: int | None) -> None:
     fold = three_levels("depth_first")
     compare(fold, tensors(fold, *shape, torch.bfloat16), 2e-2, {"window": window}, backend)
+
+
+def test_gradients_of_many_copies_are_added_in_float32() -> None:
+    """A sum in bfloat16 stops at 256, to which it cannot add 1: a GPU's does, a CPU's is in float32 by itself."""
+    summed: list[torch.dtype] = []
+
+    class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.index_add_.default:
+                summed.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with Sums():  # type: ignore[no-untyped-call]
+        Gather.backward(
+            SimpleNamespace(saved_tensors=[torch.tensor([0])], count=1), torch.ones(1, dtype=torch.bfloat16)
+        )
+    assert summed == [torch.float32]
+    rows = torch.zeros(2, 1, 4, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    copies: Tensor = Gather.apply(rows, torch.tensor([1] * 300 + [0], device=DEVICE))  # type: ignore[no-untyped-call]
+    copies.sum().backward()  # type: ignore[no-untyped-call]
+    assert rows.grad is not None
+    assert rows.grad.dtype == torch.bfloat16
+    assert rows.grad[:, 0].tolist() == [[1.0] * 4, [300.0] * 4]
 
 
 @needs_cuda

@@ -6,6 +6,7 @@ queries and keys align at their ends, which is how FlashAttention-2 (arXiv 2307.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,7 @@ def flash_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `flash_forward` took and gave and its output's gradient."""
+    # The state of dropout's generator, which is not read where there is none.
     random = torch.empty(2, dtype=torch.uint64, device=q.device)
     lengths = (call.cu_queries, call.cu_keys, call.max_queries, call.max_keys)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
@@ -113,7 +115,7 @@ def flash_backward(
     if call.order is not None:
         dq = torch.zeros_like(q).index_copy_(0, call.order.long(), dq)
     if call.keys is not None:
-        dk, dv = (torch.zeros_like(x).index_add_(0, call.keys, dx) for x, dx in ((k, dk), (v, dv)))
+        dk, dv = (_summed(dx, call.keys, x.shape[0]) for x, dx in ((k, dk), (v, dv)))
     return dq, dk, dv
 
 
@@ -122,7 +124,28 @@ def _queries(x: Tensor, call: Varlen) -> Tensor:
 
 
 def _keys(x: Tensor, call: Varlen) -> Tensor:
-    return x if call.keys is None else x.index_select(0, call.keys)
+    return x if call.keys is None else Gather.apply(x, call.keys)  # type: ignore[no-untyped-call]
+
+
+class Gather(torch.autograd.Function):
+    """Rows of a tensor by index [copies], whose gradients are added in float32: a row may have hundreds of copies."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _summed(gradients[0], index, ctx.count), None
+
+
+def _summed(copies: Tensor, index: Tensor, count: int) -> Tensor:
+    """For each of `count` rows the sum of its `copies`, in their dtype."""
+    sums = copies.new_zeros(count, *copies.shape[1:], dtype=torch.float32)
+    return sums.index_add_(0, index, copies.float()).to(copies.dtype)
 
 
 def _window(window: int | None) -> dict[str, int | None]:
