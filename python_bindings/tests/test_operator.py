@@ -123,6 +123,15 @@ def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(monkeypatch: pyt
     assert trained == [False, True]
 
 
+def test_gradients_of_many_copies_are_added_in_float32() -> None:
+    """A prompt's value has half of each of 300 completions: a sum in bfloat16 stops at 128, to which it adds no half."""
+    fold = Fold.from_sequences([[1, 2 + i] for i in range(300)], layout="depth_first")
+    q, k, v = (torch.zeros(fold.num_rows, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    compiled(backend="sequential")(q, k, v, fold_handle(fold)).sum().backward()
+    assert v.grad is not None
+    assert v.grad[0, 0].tolist() == [151.0] * 8
+
+
 def test_the_operation_says_the_truth_of_itself() -> None:
     """Shapes, strides and gradients by torch's own checks of operations."""
     fold = three_levels("depth_first")
@@ -132,7 +141,7 @@ def test_the_operation_says_the_truth_of_itself() -> None:
         given = (*qkv, fold_handle(fold), 0.25, 2.0, 40, "sequential", True)
         # What comes beside the output is no function of the input that could be differentiated, or be compared.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(operator_module._attention, given, test_utils=tests)
+        torch.library.opcheck(operator_module.attention_operation, given, test_utils=tests)
 
 
 def test_a_handle_keeps_its_fold_until_the_backward_pass() -> None:

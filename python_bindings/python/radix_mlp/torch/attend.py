@@ -8,7 +8,7 @@ from radix_mlp.torch.dispatch import Backend, attended, choose, has_gradients, s
 from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
 from radix_mlp.torch.handle import handled
-from radix_mlp.torch.operator import compiled_attention
+from radix_mlp.torch.operator import attention_operation
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.tree_mask import tree_mask
 from radix_mlp.torch.walks import key_walks
@@ -55,7 +55,9 @@ def attention(
     """
     if isinstance(fold, Tensor):
         if torch.compiler.is_compiling():
-            return compiled_attention(q, k, v, fold, scale, softcap, window, backend)
+            training = has_gradients(q, k, v)
+            out: Tensor = attention_operation(q, k, v, fold, scale, softcap, window, backend, training)[0]
+            return out
         fold = handled(fold)
     return _attend(q, k, v, fold, scale, softcap, window, backend)
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from radix_mlp.torch.dispatch import Backend, attended, choose, has_gradients, softmax_scale
+from radix_mlp.torch.dispatch import Backend, attended, choose, softmax_scale
 from radix_mlp.torch.flash import flash_backward, flash_forward, varlen
 from radix_mlp.torch.handle import handled
 from radix_mlp.torch.sequential import paths, sequential_attention, sequential_backward
@@ -13,24 +13,8 @@ from radix_mlp.torch.tree_mask import tree_mask
 from radix_mlp.torch.walks import key_walks
 
 
-def compiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    handle: Tensor,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
-    backend: Backend | None,
-) -> Tensor:
-    """`attention` over the fold of `handle`, for torch.compile to trace."""
-    training = has_gradients(q, k, v)
-    out: Tensor = _attention(q, k, v, handle, scale, softcap, window, backend, training)[0]
-    return out
-
-
 @torch.library.custom_op("radix_mlp::attention", mutates_args=())
-def _attention(
+def attention_operation(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,7 +78,7 @@ def _attention_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_attention.register_fake
+@attention_operation.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -115,4 +99,4 @@ def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ..
     return *gradients, *[None] * 6
 
 
-_attention.register_autograd(_gradients, setup_context=_keep)
+attention_operation.register_autograd(_gradients, setup_context=_keep)

@@ -127,7 +127,10 @@ def sequential_backward(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `sequential_attention` took and gave and its output's gradient."""
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    # A prompt may have hundreds of completions.
+    precise = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (x.new_zeros(x.shape, dtype=precise) for x in (k, v))
     for rows, path in zip(along.rows, along.paths, strict=True):
         for queries, keys in _chunks(len(rows), len(path), q.shape[1], window):
             own, seen = rows[queries].long(), path[keys]
@@ -135,9 +138,9 @@ def sequential_backward(
             of_keys = [x.index_select(0, seen) for x in (k, v)]
             own_dq, seen_dk, seen_dv = _gradients(of_queries, of_keys, scale, softcap, window)
             dq.index_copy_(0, own, own_dq)
-            dk.index_add_(0, seen, seen_dk)
-            dv.index_add_(0, seen, seen_dv)
-    return dq, dk, dv
+            dk.index_add_(0, seen, seen_dk.to(precise))
+            dv.index_add_(0, seen, seen_dv.to(precise))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _gradients(
