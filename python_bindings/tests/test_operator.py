@@ -124,7 +124,7 @@ def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(monkeypatch: pyt
 
 
 def test_gradients_of_many_copies_are_added_in_float32() -> None:
-    """A prompt's value has half of each of 300 completions: a sum in bfloat16 stops at 128, to which it adds no half."""
+    """A prompt's value has half of each of 300 completions: a sum in bfloat16 stops at 128, where a half is lost."""
     fold = Fold.from_sequences([[1, 2 + i] for i in range(300)], layout="depth_first")
     q, k, v = (torch.zeros(fold.num_rows, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     compiled(backend="sequential")(q, k, v, fold_handle(fold)).sum().backward()
