@@ -34,3 +34,6 @@ __device__ inline void await(uint32_t at, uint32_t parity) {
                  "r"(parity)
                  : "memory");
 }
+
+// A barrier of COUNT threads, those that compute: whole warps.
+template <int COUNT> __device__ void await_threads() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }

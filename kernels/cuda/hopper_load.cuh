@@ -16,16 +16,6 @@ template <int HEAD_DIM> __device__ void clear_rest(const Memory<HEAD_DIM> &memor
     wait<0>();
 }
 
-// By one thread: the boxes of all columns of `map`, to panels that are `panel` rows apart.
-template <int HEAD_DIM>
-__device__ void copy_columns(uint32_t to, uint32_t panel, const CUtensorMap &map, uint32_t head, uint32_t row,
-                             uint32_t barrier) {
-#pragma unroll
-    for (int column = 0; column < HEAD_DIM; column += 64) {
-        copy_box(to + column / 64 * panel * 128, map, column, head, row, barrier);
-    }
-}
-
 // Of the keys of the at-th step, by LOADERS threads: where their subtrees end and, with a window, how deep they are.
 template <typename T, int HEAD_DIM>
 __device__ void load_numbers(const Memory<HEAD_DIM> &memory, uint32_t at, const Given<T> &given,

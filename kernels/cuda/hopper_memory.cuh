@@ -2,7 +2,7 @@
 // values and items are handed over, and the items that it computes.
 #pragma once
 
-#include <tensor_copy.cuh>
+#include <ring.cuh>
 #include <tree_attention.cuh>
 
 namespace {
@@ -13,29 +13,6 @@ constexpr int CONSUMERS = 256, LOADERS = 32, HOPPER_THREADS = CONSUMERS + 128;
 // Key blocks that are computed together, and how many such steps are in shared memory at once.
 constexpr int BLOCKS = 2, STAGES = 2;
 constexpr int STEP = BLOCKS * KEYS;
-
-// COUNT parts of shared memory that are filled and emptied in turns, the first again after the last. Each has a barrier
-// that ends a phase when it is full, and one when it is empty. `at` counts all turns.
-template <int COUNT> struct Ring {
-    uint32_t memory, barriers, bytes;
-
-    __device__ uint32_t stage(uint32_t at) const { return memory + at % COUNT * bytes; }
-    __device__ uint32_t full(uint32_t at) const { return barriers + 8 * (at % COUNT); }
-    __device__ uint32_t empty(uint32_t at) const { return barriers + 8 * (COUNT + at % COUNT); }
-    static __device__ uint32_t parity(uint32_t at) { return at / COUNT % 2; }
-
-    __device__ void make(uint32_t writers, uint32_t readers) const {
-        for (int i = 0; i < COUNT; ++i) {
-            make_barrier(full(i), writers);
-            make_barrier(empty(i), readers);
-        }
-    }
-    __device__ void await_full(uint32_t at) const { await(full(at), parity(at)); }
-    // At once in the first round, where no phase has ended.
-    __device__ void await_empty(uint32_t at) const { await(empty(at), parity(at) ^ 1); }
-    // By each thread: an arrival orders its own thread's reads only (PTX, mbarrier.arrive).
-    __device__ void emptied(uint32_t at) const { arrive(empty(at)); }
-};
 
 // A tile of a key head, where its lists begin, and how long the first and both are.
 struct Item {

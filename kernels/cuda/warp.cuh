@@ -31,6 +31,11 @@ __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "mem
 // Until only the last PENDING groups of this thread may be under way.
 template <int PENDING> __device__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
+// 4 bytes to shared memory.
+__device__ inline void store4(uint32_t to, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 // 2^x to some 22 bits; 0 for what is too small to be normal.
 __device__ inline float power_of_two(float x) {
     float power;

@@ -6,6 +6,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+// The number of this thread's warpgroup, which the compiler sees to be the same for its warp.
+__device__ inline uint32_t warpgroup() { return __shfl_sync(0xffffffff, threadIdx.x / 128, 0); }
+
 // What this thread has written to shared memory is there for the tensor cores and the copy engine after the next barrier.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -23,6 +26,13 @@ template <int PENDING> __device__ void wait_for_products() {
 // Gives the warpgroup's threads COUNT registers each, fewer or more than the kernel began with.
 template <int COUNT> __device__ void shrink() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> __device__ void grow() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// Adds to four numbers in memory that others add to as well, in any order.
+__device__ inline void add_to(float *to, const float (&more)[4]) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(more[0]), "f"(more[1]), "f"(more[2]),
+                 "f"(more[3])
+                 : "memory");
+}
 
 // Keeps the compiler from moving uses of registers of products over the wait or the beginning.
 template <int N> __device__ void settle(float (&c)[N][4]) {
@@ -62,9 +72,13 @@ __device__ inline uint64_t descriptor(uint32_t address, uint32_t panel) {
     REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
                  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// c = a b^T for FIRST, else c += a b^T: rows of the 64 x 16 `a` and the 128 x 16 `b` in shared memory. A thread has the
-// elements of c that it has of sixteen m16n8k16.
+// c = a b^T for FIRST, else c += a b^T: rows of the 64 x 16 `a` and the 8 * N x 16 `b` in shared memory. A thread has the
+// elements of c that it has of N m16n8k16.
+template <typename T, bool FIRST> __device__ void multiply_rows(float (&c)[8][4], uint64_t a, uint64_t b);
 template <typename T, bool FIRST> __device__ void multiply_rows(float (&c)[16][4], uint64_t a, uint64_t b);
+
+// c = a^T b for FIRST, else c += a^T b: columns of the 16 x 64 `a` and the 16 x 64 `b` in shared memory.
+template <typename T, bool FIRST> __device__ void multiply_across(float (&c)[8][4], uint64_t a, uint64_t b);
 
 // c += a b: the 64 x 16 `a` as in m16n8k16, the 16 x 8 * N `b` in shared memory.
 template <typename T> __device__ void multiply_columns(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b);
@@ -75,7 +89,17 @@ template <typename T> __device__ void multiply_columns(float (&c)[16][4], const 
 #define ALL_64(WHAT, c) SIXTEEN(WHAT, c, 0), SIXTEEN(WHAT, c, 4)
 #define ALL_128(WHAT, c) ALL_64(WHAT, c), SIXTEEN(WHAT, c, 8), SIXTEEN(WHAT, c, 12)
 
-#define MULTIPLY_ROWS(T, NAME, FIRST, ADD, WHAT)                                                                     \
+#define MULTIPLY_SHARED(T, NAME, FIRST, ADD, WHAT)                                                                   \
+    template <> __device__ inline void multiply_rows<T, FIRST>(float(&c)[8][4], uint64_t a, uint64_t b) {            \
+        asm volatile(PRODUCT("64", NAME, REGISTERS_32, "%32, %33, " ADD ", 1, 1, 0, 0")                              \
+                     : ALL_64(WHAT, c)                                                                               \
+                     : "l"(a), "l"(b));                                                                              \
+    }                                                                                                                \
+    template <> __device__ inline void multiply_across<T, FIRST>(float(&c)[8][4], uint64_t a, uint64_t b) {          \
+        asm volatile(PRODUCT("64", NAME, REGISTERS_32, "%32, %33, " ADD ", 1, 1, 1, 1")                              \
+                     : ALL_64(WHAT, c)                                                                               \
+                     : "l"(a), "l"(b));                                                                              \
+    }                                                                                                                \
     template <> __device__ inline void multiply_rows<T, FIRST>(float(&c)[16][4], uint64_t a, uint64_t b) {           \
         asm volatile(PRODUCT("128", NAME, REGISTERS_64, "%64, %65, " ADD ", 1, 1, 0, 0")                             \
                      : ALL_128(WHAT, c)                                                                              \
@@ -83,8 +107,8 @@ template <typename T> __device__ void multiply_columns(float (&c)[16][4], const 
     }
 
 #define PRODUCTS(T, NAME)                                                                                            \
-    MULTIPLY_ROWS(T, NAME, true, "0", "=f")                                                                          \
-    MULTIPLY_ROWS(T, NAME, false, "1", "+f")                                                                         \
+    MULTIPLY_SHARED(T, NAME, true, "0", "=f")                                                                          \
+    MULTIPLY_SHARED(T, NAME, false, "1", "+f")                                                                         \
     template <> __device__ inline void multiply_columns<T>(float(&c)[8][4], const uint32_t(&a)[4], uint64_t b) {     \
         asm volatile(PRODUCT("64", NAME, REGISTERS_32, "{%32, %33, %34, %35}, %36, 1, 1, 1, 1")                      \
                      : ALL_64("+f", c)                                                                               \

@@ -2,6 +2,7 @@
 //! wrong indices, fragments, masks, and missing barriers and waits; what it cannot tell is how fast they are.
 
 mod attention;
+mod gradient;
 mod layer;
 
 use std::ffi::c_void;
@@ -175,4 +176,5 @@ fn kernels_compute_what_their_oracles_do() {
         layer::activations(&library, dtype);
     }
     attention::attends(&library);
+    gradient::differentiates(&library);
 }

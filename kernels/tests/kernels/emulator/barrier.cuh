@@ -30,3 +30,5 @@ inline void await(uint32_t at, uint32_t parity) {
     }
     emulator::fiber().awaited = emulator::now;
 }
+
+template <int COUNT> void await_threads() { emulator::block->arrive(emulator::block->some, COUNT); }

@@ -128,7 +128,8 @@ inline void copy(const Copy &given, int writer) {
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Barrier barrier;
+    // Of all threads, and of some.
+    Barrier barrier, some;
     std::map<uint32_t, Phased> phased;
     std::vector<Flight> flights;
     std::vector<int> ready;

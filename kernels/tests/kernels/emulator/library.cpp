@@ -6,6 +6,10 @@
 #include <layer.cu>
 #include <tree_attention.cu>
 #include <tree_attention_hopper.cu>
+#include <tree_gradient_hopper.cuh>
+
+TREE_GRADIENT_HOPPER(tree_gradient_f16, __half)
+TREE_GRADIENT_HOPPER(tree_gradient_bf16, __nv_bfloat16)
 
 using emulator::launch;
 
@@ -56,6 +60,31 @@ void emulate_tree_attention(uint32_t bf16, uint32_t head_dim, uint32_t processor
         bf16 ? run(tree_attention_bf16_128, tree_attention_hopper_bf16_128)
              : run(tree_attention_f16_128, tree_attention_hopper_f16_128);
     }
+}
+
+// Of contiguous tensors, by all three kernels: x are q, k, v, out and dout, gradients are dq, dk and dv. Numbers are ends of
+// subtrees, then the walks and the split blocks as the kernels take them.
+void emulate_tree_gradient(uint32_t bf16, uint32_t walks, uint32_t splits, const void *const *x, const float *lse,
+                           const uint32_t *const *numbers, float *pair_numbers, float *pair_sums, float *parts,
+                           void *const *gradients, const GradientSizes *given) {
+    const GradientSizes &sizes = *given;
+    const int64_t rows = sizes.rows, kv_heads = sizes.kv_heads, heads = kv_heads * sizes.group, dim = GRADIENT_DIM;
+    auto map = [&](int at, int64_t heads, int box_rows, int box_heads) {
+        return CUtensorMap{static_cast<const uint16_t *>(x[at]), rows, heads, dim, heads * dim, dim, box_rows, box_heads};
+    };
+    auto pairs = [&](int at) { return map(at, heads, PAIRS / sizes.group, sizes.group); };
+    auto keys = [&](int at) { return map(at, kv_heads, OWN_KEYS, 1); };
+    auto run = [&](auto begin, auto walk, auto end) {
+        const uint32_t steps = sizes.steps();
+        call({steps * sizes.kv_heads, 1, 1}, 4 * PAIRS, begin, x[3], x[4], lse, pair_numbers, pair_sums, sizes);
+        call({walks * sizes.kv_heads, 1, 1}, GRADIENT_THREADS, walk, pairs(0), pairs(4), keys(1), keys(2), pair_numbers,
+             pair_sums, parts, gradients[1], gradients[2], numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
+             sizes);
+        call({(steps + splits) * sizes.kv_heads, 1, 1}, DIFFERENTIATORS, end, pair_sums, parts, numbers[5], numbers[6],
+             gradients[0], gradients[1], gradients[2], sizes);
+    };
+    bf16 ? run(tree_gradient_bf16_begin, tree_gradient_bf16, tree_gradient_bf16_end)
+         : run(tree_gradient_f16_begin, tree_gradient_f16, tree_gradient_f16_end);
 }
 
 void emulate_add_rms_norm(uint32_t bf16, uint32_t rows, uint32_t threads, const void *x, const void *delta,

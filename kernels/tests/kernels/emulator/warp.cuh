@@ -35,6 +35,11 @@ template <int PENDING> void wait() {
     }
 }
 
+inline void store4(uint32_t to, uint32_t value) {
+    std::memcpy(emulator::memory + to, &value, 4);
+    emulator::chunks[to / 16] = {++emulator::now, emulator::block->current, false};
+}
+
 inline float power_of_two(float x) { return std::exp2(x); }
 
 // The address of row `row` of matrix `matrix`, as its lane has shown it.

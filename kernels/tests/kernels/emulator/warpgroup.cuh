@@ -6,6 +6,8 @@
 
 #include <half.cuh>
 
+inline uint32_t warpgroup() { return emulator::block->current / (4 * emulator::WARP); }
+
 inline void publish() {
     for (emulator::Chunk &chunk : emulator::chunks) {
         chunk.published |= chunk.writer == emulator::block->current;
@@ -34,6 +36,12 @@ template <int PENDING> void wait_for_products() {
 
 template <int COUNT> void shrink() {}
 template <int COUNT> void grow() {}
+
+inline void add_to(float *to, const float (&more)[4]) {
+    for (int i = 0; i < 4; ++i) {
+        to[i] += more[i];
+    }
+}
 
 template <typename X, int N, int M> void settle(X (&)[N][M]) {}
 
@@ -103,11 +111,21 @@ template <bool FIRST, int N, typename F> void later(float (&c)[N][4], F product)
 
 } // namespace emulator
 
-template <typename T, bool FIRST> void multiply_rows(float (&c)[16][4], uint64_t a, uint64_t b) {
+template <typename T, bool FIRST, int N> void multiply_rows(float (&c)[N][4], uint64_t a, uint64_t b) {
     emulator::later<FIRST>(c, [=](int row, int column) {
         float sum = 0;
         for (int k = 0; k < 16; ++k) {
             sum += emulator::of_rows<T>(a, row, k) * emulator::of_rows<T>(b, column, k);
+        }
+        return sum;
+    });
+}
+
+template <typename T, bool FIRST> void multiply_across(float (&c)[8][4], uint64_t a, uint64_t b) {
+    emulator::later<FIRST>(c, [=](int row, int column) {
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            sum += emulator::of_columns<T>(a, k, row) * emulator::of_columns<T>(b, k, column);
         }
         return sum;
     });
