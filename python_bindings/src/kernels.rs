@@ -10,7 +10,7 @@ macro_rules! sources {
     };
 }
 
-/// Hopper's tree attention, the text of each file by its name.
+/// Hopper's tree attention and its gradients, the text of each file by its name.
 #[pyfunction]
 pub fn cuda_sources() -> BTreeMap<&'static str, &'static str> {
     sources![
@@ -19,9 +19,13 @@ pub fn cuda_sources() -> BTreeMap<&'static str, &'static str> {
         "hopper_load.cuh",
         "hopper_memory.cuh",
         "launch.cuh",
+        "ring.cuh",
         "tensor_copy.cuh",
         "tree_attention.cuh",
         "tree_attention_hopper.cuh",
+        "tree_gradient_ends.cuh",
+        "tree_gradient_hopper.cuh",
+        "tree_gradient_memory.cuh",
         "warp.cuh",
         "warpgroup.cuh"
     ]

@@ -104,7 +104,7 @@ def test_tree_equals_every_copy(fold: Fold, shape: tuple[int, int, int], options
 def split_walks(patch: pytest.MonkeyPatch) -> None:
     """Make every walk of the key gradient a single step."""
     patch.setattr(walks, "MIN_WALK", 1)
-    patch.setattr(walks, "PROGRAMS", 10**9)
+    patch.setattr("radix_mlp.torch.tree.PROGRAMS", 10**9)
 
 
 def three_levels(layout: Any) -> Fold:

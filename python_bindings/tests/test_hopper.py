@@ -15,12 +15,10 @@ from torch import Tensor
 from radix_mlp import Fold
 from radix_mlp._core import cuda_sources
 from radix_mlp.torch import attention
+from radix_mlp.torch.cuda_program import CAPABILITY, DTYPES, HEADERS
 from radix_mlp.torch.hopper import (
-    CAPABILITY,
     COUNTERS,
-    DTYPES,
     HEAD_DIMS,
-    HEADERS,
     KEY_BLOCK,
     NAME,
     TILE,
@@ -105,8 +103,8 @@ def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(driver, "cuLaunchKernel", launch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr("radix_mlp.torch.hopper._map", lambda x, *box: (x.data_ptr(), *box))
-    monkeypatch.setattr("radix_mlp.torch.hopper._multiprocessors", lambda _: 3)
+    monkeypatch.setattr("radix_mlp.torch.hopper.tensor_map", lambda x, *box: (x.data_ptr(), *box))
+    monkeypatch.setattr("radix_mlp.torch.hopper.multiprocessors", lambda _: 3)
     fold = three_levels("depth_first")
     q, k, v = (torch.randn(fold.num_rows, heads, 64, dtype=torch.float16) for heads in (8, 2, 2))
     mask, lse = tree_mask(fold, q, k, 33), torch.empty(8, fold.num_rows)

@@ -29,12 +29,12 @@ def folds(draw: st.DrawFn) -> Fold:
     st.one_of(st.none(), st.integers(1, 100)),
 )
 def test_every_row_that_sees_a_key_is_walked_once(fold: Fold, tiles: Tiles, group: int, longest: int | None) -> None:
-    arrays = walk_arrays(fold, tiles, group, 2, longest)
+    arrays = walk_arrays(fold, tiles, group, 2, 264, longest)
     step = tiles.tile // group
     blocks = -(-fold.num_rows // tiles.key_block)
     walked = np.zeros((blocks, fold.num_rows + step), int)
-    for block, first, end in zip(arrays["key_block"], arrays["first_step"], arrays["walk_end"], strict=True):
-        start = block * tiles.key_block + first * step
+    for block, start, end in zip(arrays["key_block"], arrays["walk_start"], arrays["walk_end"], strict=True):
+        assert start % step == 0
         assert longest is None or end - start <= -(-longest // step) * step
         walked[block, start:end] += 1
     assert fold.subtree_end is not None
@@ -45,7 +45,7 @@ def test_every_row_that_sees_a_key_is_walked_once(fold: Fold, tiles: Tiles, grou
 
 @given(folds(), st.integers(1, 100))
 def test_parts_of_a_block_follow_each_other(fold: Fold, longest: int) -> None:
-    arrays = walk_arrays(fold, Tiles(8, 16, 4, 1), 1, 2, longest)
+    arrays = walk_arrays(fold, Tiles(8, 16, 4, 1), 1, 2, 264, longest)
     key_block, part = arrays["key_block"], arrays["part"]
     assert set(key_block) == set(range(-(-fold.num_rows // 16)))
     bounds = arrays["first_part"]
@@ -58,12 +58,11 @@ def test_parts_of_a_block_follow_each_other(fold: Fold, longest: int) -> None:
     assert bounds[-1] == (~whole).sum()
 
 
-def test_a_long_walk_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_walk_is_shared_out() -> None:
     tiles, group, kv_heads = Tiles(64, 64, 4, 2), 2, 8
     fold = Fold.from_sequences([[0] * 64 + [sequence] * 60 for sequence in range(1, 101)], layout="depth_first")
-    arrays = walk_arrays(fold, tiles, group, kv_heads)
-    walked = [end - first * 32 for first, end in zip(arrays["first_step"], arrays["walk_end"], strict=True)]
+    arrays = walk_arrays(fold, tiles, group, kv_heads, 264)
+    walked = arrays["walk_end"] - arrays["walk_start"]
     assert max(walked[: arrays["first_part"][1]]) == walks.MIN_WALK // group
     # Where every program's share is more, there is no need.
-    monkeypatch.setattr(walks, "PROGRAMS", 1)
-    assert not walk_arrays(fold, tiles, group, kv_heads)["part"].any()
+    assert not walk_arrays(fold, tiles, group, kv_heads, 1)["part"].any()

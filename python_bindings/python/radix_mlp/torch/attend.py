@@ -11,7 +11,6 @@ from radix_mlp.torch.handle import handled
 from radix_mlp.torch.operator import attention_operation
 from radix_mlp.torch.sequential import paths, sequential_attention
 from radix_mlp.torch.tree_mask import tree_mask
-from radix_mlp.torch.walks import key_walks
 
 
 def attention(
@@ -79,9 +78,9 @@ def _attend(
     if fold.num_nodes == 0:
         return q.new_zeros(*q.shape[:2], v.shape[-1])
     if backend == "tree":
-        from radix_mlp.torch.tree import tree_attention
+        from radix_mlp.torch.tree import tree_attention, tree_walks
 
-        walks = key_walks(fold, q, k) if training else None
+        walks = tree_walks(fold, q, k, window, softcap) if training else None
         return tree_attention(q, k, v, tree_mask(fold, q, k, window), scale, softcap, walks)
     if backend == "query_folded":
         return flash_attention(q, k, v, varlen(fold, q.device), scale, window)

@@ -10,7 +10,6 @@ from radix_mlp.torch.flash import flash_backward, flash_forward, varlen
 from radix_mlp.torch.handle import handled
 from radix_mlp.torch.sequential import paths, sequential_attention, sequential_backward
 from radix_mlp.torch.tree_mask import tree_mask
-from radix_mlp.torch.walks import key_walks
 
 
 @torch.library.custom_op("radix_mlp::attention", mutates_args=())
@@ -64,9 +63,9 @@ def _attention_backward(
     if fold.num_nodes == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if chosen == "tree":
-        from radix_mlp.torch.tree import tree_backward
+        from radix_mlp.torch.tree import tree_backward, tree_walks
 
-        mask, walks = tree_mask(fold, q, k, window), key_walks(fold, q, k)
+        mask, walks = tree_mask(fold, q, k, window), tree_walks(fold, q, k, window, softcap)
         gradients = tree_backward(q, k, v, out, lse, dout, mask, walks, scale, softcap)
     elif chosen == "query_folded":
         call = varlen(fold, q.device)

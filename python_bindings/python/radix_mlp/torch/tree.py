@@ -11,12 +11,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radix_mlp.fold import Fold
 from radix_mlp.torch import kernels
 from radix_mlp.torch.hopper import hopper_attention, hopper_kernel
+from radix_mlp.torch.hopper_gradient import HOPPER_PROGRAMS, HOPPER_TILES, hopper_gradient_kernels, hopper_gradients
 from radix_mlp.torch.tree_mask import Tiles, TreeMask, key_gradient_tiles, query_gradient_tiles, tree_mask
 from radix_mlp.torch.walks import Walks, key_walks
 
 # Key heads of a tile that start together, of this many query heads and of all: where all tiles of one head start before
 # the next head's, the last head's longest tiles end long after the others.
 QUERY_HEADS_IN_A_ROW, KEY_HEADS_IN_A_ROW = 16, 8
+# Walks that run at once on an H200.
+PROGRAMS = 264
+# More than a step of any walk, or a block of keys.
+COMPILED_ROWS = 256
 
 
 def tree_attention(
@@ -47,15 +52,25 @@ def compile_kernels(
 
     A step that is the first to take this backend would otherwise wait for seconds.
     """
-    group = heads // kv_heads
-    # Two steps of a walk, a walk each.
-    step = key_gradient_tiles(head_dim, dtype, group).tile // group
-    fold = Fold.from_sequences([[0] * (2 * step)], layout="depth_first")
-    q, k = (torch.zeros(2 * step, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
-    walks = key_walks(fold, q, k, longest=step)
-    mask = tree_mask(fold, q, k, 1 if windowed else None)
+    window = 1 if windowed else None
+    fold = Fold.from_sequences([[0] * COMPILED_ROWS], layout="depth_first")
+    q, k = (torch.zeros(COMPILED_ROWS, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
+    # Of more than one walk for a block of keys.
+    walks = tree_walks(fold, q, k, window, None, longest=1)
+    mask = tree_mask(fold, q, k, window)
     out, lse = tree_forward(q, k, k, mask, 1.0, None)
     tree_backward(q, k, k, out, lse, out, mask, walks, 1.0, None)
+
+
+def tree_walks(
+    fold: Fold, q: Tensor, k: Tensor, window: int | None, softcap: float | None, longest: int | None = None
+) -> Walks:
+    """The walks of `fold`'s keys by which `tree_backward` has the gradients, of no more than `longest` rows each."""
+    tiles = key_gradient_tiles(q.shape[-1], q.dtype, q.shape[1] // k.shape[1])
+    plain = window is None and softcap is None and not torch.are_deterministic_algorithms_enabled()
+    if plain and tiles.tile <= HOPPER_TILES.tile and hopper_gradient_kernels(q.device, q.dtype, q.shape[-1]):
+        return key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, longest)
+    return key_walks(fold, q, k, tiles, PROGRAMS, longest)
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -126,6 +141,24 @@ def tree_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `tree_forward` took and gave and its output's gradient."""
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
+    if walks.tiles == HOPPER_TILES:
+        q, k, v, out, dout = map(_aligned, (q, k, v, out, dout))
+        return hopper_gradients(q, k, v, out, lse, dout, mask.subtree_end, walks, scale)
+    return _triton_backward(q, k, v, out, lse, dout, mask, walks, scale, softcap)
+
+
+def _triton_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    mask: TreeMask,
+    walks: Walks,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, _, _ = q.shape
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)
@@ -150,7 +183,7 @@ def tree_backward(
     kernels.key_gradient[(len(walks.key_block) * kv_heads,)](
         *_descriptors(step, q, dout) if through else (q, dout),  # type: ignore[call-arg]
         *keys, lse, delta, dk, dv, sums,
-        walks.key_block, walks.first_step, walks.walk_end, walks.part,
+        walks.key_block, walks.walk_start, walks.walk_end, walks.part,
         mask.subtree_end, mask.depth,
         *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
         **_constants(q, kv_heads, mask, softcap, tiles, KEY_HEADS_IN_A_ROW) | {"THROUGH": through},
