@@ -337,9 +337,9 @@ __device__ void walk(const Boxes &boxes, const float *pair_numbers, float *pair_
         NAME(const __grid_constant__ CUtensorMap q_boxes, const __grid_constant__ CUtensorMap dout_boxes,            \
              const __grid_constant__ CUtensorMap k_boxes, const __grid_constant__ CUtensorMap v_boxes,               \
              const float *pair_numbers, float *pair_sums, float *parts, T *dk, T *dv, const uint32_t *subtree_end,   \
-             const uint32_t *key_block, const uint32_t *walk_start, const uint32_t *walk_end, const uint32_t *part,  \
+             const uint32_t *key_block, const uint32_t *first_step, const uint32_t *walk_end, const uint32_t *part,  \
              const __grid_constant__ GradientSizes sizes) {                                                          \
-        const Walks walks = {key_block, walk_start, walk_end, part};                                                 \
+        const Walks walks = {key_block, first_step, walk_end, part};                                                 \
         const Boxes boxes = {q_boxes, dout_boxes, k_boxes, v_boxes};                                                 \
         walk(boxes, pair_numbers, pair_sums, parts, dk, dv, subtree_end, walks, sizes);                              \
     }                                                                                                                \

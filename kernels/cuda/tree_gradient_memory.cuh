@@ -37,9 +37,10 @@ struct Step {
 // columns; of [OWN_KEYS, GRADIENT_DIM] half of the rows. Chunks of four are [8 columns][thread].
 constexpr uint32_t PAIR_SUMS = PAIRS * GRADIENT_DIM, KEY_SUMS = OWN_KEYS * GRADIENT_DIM;
 
-// The walks of `radix_mlp.torch.walks.Walks`.
+// `radix_mlp.torch.walks.Walks` that are aligned: walk i is that of block key_block[i], from its step first_step[i], where
+// its first is the step of all rows that has its first key, to before row end[i].
 struct Walks {
-    const uint32_t *key_block, *start, *end, *part;
+    const uint32_t *key_block, *first_step, *end, *part;
 };
 
 // One walk of a key head: the keys' block sees steps from that of row `start` to before that of row `end`.
@@ -50,7 +51,8 @@ struct Walk {
         const uint32_t own = blockIdx.x / sizes.kv_heads;
         kv_head = blockIdx.x % sizes.kv_heads;
         first_key = OWN_KEYS * walks.key_block[own];
-        start = walks.start[own], end = walks.end[own], part = walks.part[own];
+        start = (first_key / sizes.step_rows() + walks.first_step[own]) * sizes.step_rows();
+        end = walks.end[own], part = walks.part[own];
     }
 };
 

@@ -84,7 +84,7 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     rows, subtree_end = fold.num_rows, torch.zeros(0)
     q, k, v, out = (torch.randn(rows, heads, HEAD_DIM, dtype=torch.float16) for heads in (6, 2, 2, 6))
     lse, dout = torch.empty(6, rows), torch.randn(6, rows, HEAD_DIM, dtype=torch.float16).transpose(0, 1)
-    walks = key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, longest=21)
+    walks = key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=21)
     assert walks.parts
     dq, dk, dv = hopper_gradients(q, k, v, out, lse, dout, subtree_end, walks, 0.5)
 
@@ -112,7 +112,7 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     for name, (x, *box) in boxes.items():
         assert passed.pop(f"{name}_boxes") == (x.data_ptr(), *box)
     given = {"out": out, "dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "subtree_end": subtree_end}
-    lists = "key_block", "walk_start", "walk_end", "part", "split_block", "first_part"
+    lists = "key_block", "first_step", "walk_end", "part", "split_block", "first_part"
     given |= {name: getattr(walks, name) for name in lists}
     assert passed == {name: x.data_ptr() for name, x in given.items()}
 

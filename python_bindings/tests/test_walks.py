@@ -27,14 +27,18 @@ def folds(draw: st.DrawFn) -> Fold:
     st.sampled_from([Tiles(16, 8, 4, 1), Tiles(8, 16, 4, 1), Tiles(64, 64, 4, 1)]),
     st.sampled_from([1, 2, 3]),
     st.one_of(st.none(), st.integers(1, 100)),
+    st.booleans(),
 )
-def test_every_row_that_sees_a_key_is_walked_once(fold: Fold, tiles: Tiles, group: int, longest: int | None) -> None:
-    arrays = walk_arrays(fold, tiles, group, 2, 264, longest)
+def test_every_row_that_sees_a_key_is_walked_once(
+    fold: Fold, tiles: Tiles, group: int, longest: int | None, aligned: bool
+) -> None:
+    arrays = walk_arrays(fold, tiles, group, 2, 264, aligned=aligned, longest=longest)
     step = tiles.tile // group
     blocks = -(-fold.num_rows // tiles.key_block)
     walked = np.zeros((blocks, fold.num_rows + step), int)
-    for block, start, end in zip(arrays["key_block"], arrays["walk_start"], arrays["walk_end"], strict=True):
-        assert start % step == 0
+    for block, first, end in zip(arrays["key_block"], arrays["first_step"], arrays["walk_end"], strict=True):
+        start = block * tiles.key_block
+        start = (start // step * step if aligned else start) + first * step
         assert longest is None or end - start <= -(-longest // step) * step
         walked[block, start:end] += 1
     assert fold.subtree_end is not None
@@ -45,7 +49,7 @@ def test_every_row_that_sees_a_key_is_walked_once(fold: Fold, tiles: Tiles, grou
 
 @given(folds(), st.integers(1, 100))
 def test_parts_of_a_block_follow_each_other(fold: Fold, longest: int) -> None:
-    arrays = walk_arrays(fold, Tiles(8, 16, 4, 1), 1, 2, 264, longest)
+    arrays = walk_arrays(fold, Tiles(8, 16, 4, 1), 1, 2, 264, aligned=False, longest=longest)
     key_block, part = arrays["key_block"], arrays["part"]
     assert set(key_block) == set(range(-(-fold.num_rows // 16)))
     bounds = arrays["first_part"]
@@ -61,8 +65,8 @@ def test_parts_of_a_block_follow_each_other(fold: Fold, longest: int) -> None:
 def test_a_long_walk_is_shared_out() -> None:
     tiles, group, kv_heads = Tiles(64, 64, 4, 2), 2, 8
     fold = Fold.from_sequences([[0] * 64 + [sequence] * 60 for sequence in range(1, 101)], layout="depth_first")
-    arrays = walk_arrays(fold, tiles, group, kv_heads, 264)
-    walked = arrays["walk_end"] - arrays["walk_start"]
+    arrays = walk_arrays(fold, tiles, group, kv_heads, 264, aligned=False)
+    walked = [end - first * 32 for first, end in zip(arrays["first_step"], arrays["walk_end"], strict=True)]
     assert max(walked[: arrays["first_part"][1]]) == walks.MIN_WALK // group
     # Where every program's share is more, there is no need.
-    assert not walk_arrays(fold, tiles, group, kv_heads, 1)["part"].any()
+    assert not walk_arrays(fold, tiles, group, kv_heads, 1, aligned=False)["part"].any()

@@ -40,7 +40,7 @@ type Gradient = unsafe extern "C" fn(
 #[derive(Default)]
 struct Walks {
     key_block: Vec<u32>,
-    start: Vec<u32>,
+    first_step: Vec<u32>,
     end: Vec<u32>,
     part: Vec<u32>,
     split_block: Vec<u32>,
@@ -57,10 +57,10 @@ fn walks(fold: &Fold, group: usize, longest: usize) -> Walks {
         let start = block * OWN_KEYS / step * step;
         let end = *ends.iter().max().unwrap() as usize;
         let starts: Vec<usize> = (start..end).step_by(longest * step).collect();
-        for &own in &starts {
+        for (index, &own) in starts.iter().enumerate() {
             parts += u32::from(starts.len() > 1);
             walks.key_block.push(block as u32);
-            walks.start.push(own as u32);
+            walks.first_step.push((index * longest) as u32);
             walks.end.push(end.min(own + longest * step) as u32);
             walks.part.push(if starts.len() > 1 { parts } else { 0 });
         }
@@ -150,7 +150,7 @@ fn gradient(
     let numbers = [
         fold.subtree_end().unwrap(),
         &walks.key_block,
-        &walks.start,
+        &walks.first_step,
         &walks.end,
         &walks.part,
         &walks.split_block,

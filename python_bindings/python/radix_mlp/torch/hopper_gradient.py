@@ -67,7 +67,7 @@ def hopper_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v by `hopper_gradient_kernels`' kernels, contiguous.
 
-    Rows and heads of all lie at whole 16 bytes. Raises RuntimeError where CUDA refuses a launch.
+    The walks are aligned. Rows and heads of all lie at whole 16 bytes. Raises RuntimeError where CUDA refuses a launch.
     """
     kernels = hopper_gradient_kernels(q.device, q.dtype, q.shape[-1])
     if kernels is None:
@@ -83,7 +83,7 @@ def hopper_gradients(
     sizes = GradientSizes(*out.stride()[:2], *dout.stride()[:2], rows, kv_heads, group, scale)
     box = PAIRS // group, group
     maps = [tensor_map(q, *box), tensor_map(dout, *box), tensor_map(k, KEY_BLOCK, 1), tensor_map(v, KEY_BLOCK, 1)]
-    lists = walks.key_block, walks.walk_start, walks.walk_end, walks.part
+    lists = walks.key_block, walks.first_step, walks.walk_end, walks.part
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
     def run(kernel: Any, blocks: int, threads: int, shared: int, maps: list[Any], *tensors: Tensor) -> None:

@@ -225,7 +225,7 @@ def _key_gradient_tile(
 
 @triton.jit(do_not_specialize=["rows", "window"])
 def key_gradient(
-    Q, DOut, K, V, Lse, Delta, DK, DV, Sums, key_block, walk_start, walk_end, part,
+    Q, DOut, K, V, Lse, Delta, DK, DV, Sums, key_block, first_step, walk_end, part,
     subtree_end, depth, rows, kv_heads, scale, softcap, window,
     stride_q, stride_qh, stride_o, stride_oh,
     stride_dk, stride_dkh, stride_dv, stride_dvh,
@@ -235,23 +235,24 @@ def key_gradient(
 ):  # fmt: skip
     """One walk of a block of keys through rows that see it: an interval, from its start to its last subtree's end.
 
-    Walk i of the lists is that of block `key_block[i]`, from row `walk_start[i]`, a multiple of a step, to
-    `walk_end[i]`. Where that is a part of the interval, the sums go to place `part[i] - 1` of `Sums` [parts, kv_heads,
-    2, KEY_BLOCK, DIM], float32, which `add_parts` adds.
+    Walk i of the lists is that of block `key_block[i]`, from its step `first_step[i]` to row `walk_end[i]`. Where that
+    is a part of the interval, the sums go to place `part[i] - 1` of `Sums` [parts, kv_heads, 2, KEY_BLOCK, DIM],
+    float32, which `add_parts` adds.
 
     With THROUGH, `Q` and `DOut` are tensor descriptors of a step's rows and a key head's queries.
     """
     walk, kv_head = _tile_and_head(kv_heads, IN_A_ROW)
     first = tl.load(key_block + walk) * KEY_BLOCK
     STEP: tl.constexpr = TILE // GROUP
-    start_at, end_at = tl.load(walk_start + walk), tl.load(walk_end + walk)
+    # The step, not the row: from rows in the list Triton 3.6 made gradients that are wrong for 7 heads of a key head.
+    start_at, end_at = first + tl.load(first_step + walk) * STEP, tl.load(walk_end + walk)
     key = first + tl.arange(0, KEY_BLOCK)
     dim = tl.arange(0, DIM)
     k = _load_through(K, first, kv_head, KEY_BLOCK, DIM)
     v = _load_through(V, first, kv_head, KEY_BLOCK, DIM)
     every = tl.min(tl.load(subtree_end + key, mask=key < rows, other=2147483647))
     # Rows before `own` hold the keys themselves, all from there to `whole` see all of the keys.
-    own = tl.cdiv(first + KEY_BLOCK, STEP) * STEP
+    own = first + tl.cdiv(KEY_BLOCK, STEP) * STEP
     whole = own if WINDOW else own + tl.maximum(every - own, 0) // STEP * STEP
 
     dk = tl.zeros([KEY_BLOCK, DIM], tl.float32)

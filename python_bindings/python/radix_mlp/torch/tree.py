@@ -69,8 +69,8 @@ def tree_walks(
     tiles = key_gradient_tiles(q.shape[-1], q.dtype, q.shape[1] // k.shape[1])
     plain = window is None and softcap is None and not torch.are_deterministic_algorithms_enabled()
     if plain and tiles.tile <= HOPPER_TILES.tile and hopper_gradient_kernels(q.device, q.dtype, q.shape[-1]):
-        return key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, longest)
-    return key_walks(fold, q, k, tiles, PROGRAMS, longest)
+        return key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=longest)
+    return key_walks(fold, q, k, tiles, PROGRAMS, aligned=False, longest=longest)
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -183,7 +183,7 @@ def _triton_backward(
     kernels.key_gradient[(len(walks.key_block) * kv_heads,)](
         *_descriptors(step, q, dout) if through else (q, dout),  # type: ignore[call-arg]
         *keys, lse, delta, dk, dv, sums,
-        walks.key_block, walks.walk_start, walks.walk_end, walks.part,
+        walks.key_block, walks.first_step, walks.walk_end, walks.part,
         mask.subtree_end, mask.depth,
         *scalars, *q.stride()[:2], *dout.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
         **_constants(q, kv_heads, mask, softcap, tiles, KEY_HEADS_IN_A_ROW) | {"THROUGH": through},

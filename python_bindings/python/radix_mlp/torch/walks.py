@@ -22,15 +22,17 @@ MIN_WALK = 1024
 class Walks:
     """The walks of a depth-first fold in blocks of `tiles.key_block` keys, int32 tensors of one device.
 
-    Walk i is that of key block `key_block[i]`, from row `walk_start[i]` to before `walk_end[i]`, in steps of
-    `tiles.tile // (heads // key heads)` rows, by which all walks' starts are counted. Where those are all that see the
-    block, `part[i]` is 0; else the walk is part `part[i] - 1`, and parts `first_part[j]:first_part[j + 1]` are those of
-    key block `split_block[j]`.
+    Walk i is that of key block `key_block[i]`, from its step `first_step[i]` to before row `walk_end[i]`, in steps of
+    `tiles.tile // (heads // key heads)` rows. A block's first step begins with its first row or, where the walks are
+    `aligned`, is the one that has it when steps are counted from row 0. Where a walk has all steps that see the block,
+    `part[i]` is 0; else it is part `part[i] - 1`, and parts `first_part[j]:first_part[j + 1]` are those of key block
+    `split_block[j]`.
     """
 
     tiles: Tiles
+    aligned: bool
     key_block: Tensor
-    walk_start: Tensor
+    first_step: Tensor
     walk_end: Tensor
     part: Tensor
     split_block: Tensor
@@ -38,20 +40,29 @@ class Walks:
     parts: int
 
 
-def key_walks(fold: Fold, q: Tensor, k: Tensor, tiles: Tiles, programs: int, longest: int | None = None) -> Walks:
+def key_walks(
+    fold: Fold, q: Tensor, k: Tensor, tiles: Tiles, programs: int, *, aligned: bool, longest: int | None = None
+) -> Walks:
     """The walks of `fold` for `q` [rows, heads, head_dim] and `k` [rows, key heads, head_dim]: see `walk_arrays`."""
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
 
     def make() -> Walks:
-        arrays = walk_arrays(fold, tiles, group, kv_heads, programs, longest)
-        return Walks(tiles, **to_device(arrays, q.device), parts=int(arrays["first_part"][-1]))
+        arrays = walk_arrays(fold, tiles, group, kv_heads, programs, aligned=aligned, longest=longest)
+        return Walks(tiles, aligned, **to_device(arrays, q.device), parts=int(arrays["first_part"][-1]))
 
-    return fold.derived(("walks", q.device, tiles, group, kv_heads, programs, longest), make)
+    return fold.derived(("walks", q.device, tiles, group, kv_heads, programs, aligned, longest), make)
 
 
 def walk_arrays(
-    fold: Fold, tiles: Tiles, group: int, kv_heads: int, programs: int, longest: int | None = None
+    fold: Fold,
+    tiles: Tiles,
+    group: int,
+    kv_heads: int,
+    programs: int,
+    *,
+    aligned: bool,
+    longest: int | None = None,
 ) -> Arrays:
     """The arrays of `Walks` for a fold that has rows.
 
@@ -61,7 +72,7 @@ def walk_arrays(
     assert fold.subtree_end is not None
     blocks = np.arange(0, fold.num_rows, tiles.key_block)
     step = tiles.tile // group
-    starts = blocks // step * step
+    starts = blocks // step * step if aligned else blocks
     rows = np.maximum.reduceat(fold.subtree_end.astype(np.int64), blocks) - starts
     if longest is None:
         longest = max(step, MIN_WALK // group, int(rows.sum()) * kv_heads // programs)
@@ -72,7 +83,7 @@ def walk_arrays(
     is_part = (counts > 1)[key_block]
     return {
         "key_block": key_block,
-        "walk_start": starts[key_block] + walked,
+        "first_step": walked // step,
         "walk_end": starts[key_block] + np.minimum(walked + longest, rows[key_block]),
         "part": np.where(is_part, np.cumsum(is_part), 0),
         "split_block": np.flatnonzero(counts > 1),
