@@ -25,18 +25,20 @@ TILE = 256
 
 @dataclass(frozen=True)
 class Pairs:
-    """The labels that count: of each its token, its sequence, its row's place in `rows`, and itself, in order of rows.
+    """The pairs of a row and a label that counts, each once however many tokens have it, in order of rows and labels.
 
-    `rows` are the rows that predict something, ascending; `bounds[k]` is where the labels of `rows[k]` start. Labels of
-    one row that are equal have one number in `distinct`. Tensors are int64; `labels_on_host` are `labels`.
+    `rows` are the rows that predict something, ascending; pair i is that of `rows[places[i]]` and `labels[i]`, and of
+    `counts[i]` tokens, all together `counted`. `bounds[k]` is where the pairs of `rows[k]` start. Token t has pair
+    `of_token[t]`, of which there is none where its label does not count. Tensors are int64; `labels_on_host` are
+    `labels`.
     """
 
     rows: Tensor
-    tokens: Tensor
-    sequences: Tensor
     places: Tensor
     labels: Tensor
-    distinct: Tensor
+    counts: Tensor
+    of_token: Tensor
+    counted: int
     bounds: NDArray[np.intp]
     labels_on_host: NDArray[np.int64]
 
@@ -66,13 +68,17 @@ class Pairs:
         return max(MIN_ROWS, math.ceil(len(self.rows) * MAX_SHARE))
 
     def summed(self, weights: Tensor) -> Tensor:
-        """For each label the weights of all that are equal to it."""
-        return torch.zeros_like(weights).index_add_(0, self.distinct, weights)[self.distinct]
+        """For each pair the `weights` [N] of its tokens."""
+        return weights.new_zeros(len(self.labels) + 1).index_add_(0, self.of_token, weights)[:-1]
+
+    def each(self, values: Tensor) -> Tensor:
+        """For each token its pair's of `values` [pairs], 0 where it has none: [N]."""
+        return torch.cat([values, values.new_zeros(1)]).index_select(0, self.of_token)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of the rows that predict something, and which of all labels are theirs: of each its place in `rows`."""
+    """Some of the rows that predict something, and which of all pairs are theirs: of each its place in `rows`."""
 
     rows: Tensor
     places: Tensor
@@ -82,7 +88,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Columns:
-    """Some of the vocabulary, and which of all labels are in it: of each its row's place, and its own in `span`."""
+    """Some of the vocabulary, and which of all pairs are in it: of each its row's place, and its label's in `span`."""
 
     span: slice
     places: Tensor
@@ -100,22 +106,29 @@ def pairs_of(fold: Fold, labels: Tensor, ignore_index: int, vocabulary: int, dev
     if own.size and not 0 <= own.min() <= own.max() < vocabulary:
         wrong = tokens[(own < 0) | (own >= vocabulary)][0]
         raise ValueError(f"labels[{wrong}] is {host[wrong]}, which is not in 0..{vocabulary}")
-    order = np.argsort(fold.scatter_indices[tokens].astype(np.int64) * vocabulary + own, kind="stable")
-    tokens, own = tokens[order], own[order].astype(np.int64)
-    rows = fold.scatter_indices[tokens]
-    is_first = _differs(rows)
-    starts = np.flatnonzero(is_first)
-    sequences = np.repeat(np.arange(fold.num_sequences), np.diff(fold.cu_seq_lengths))
+    # In place: what is new has to be brought into memory.
+    key = fold.scatter_indices[tokens].astype(np.int64)
+    key *= vocabulary
+    np.add(key, own, out=key, casting="unsafe")
+    # Most sequences have theirs in order: this sort merges them.
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    starts = np.flatnonzero(_differs(key))
+    counts = np.diff(starts, append=len(key))
+    of_token = np.full(fold.num_tokens, len(starts))
+    of_token[tokens[order]] = np.repeat(np.arange(len(starts)), counts)
+    row_of, label_of = np.divmod(key[starts], vocabulary)
+    is_first = _differs(row_of)
+    bounds = np.flatnonzero(is_first)
     arrays = {
-        "rows": rows[starts],
-        "tokens": tokens,
-        "sequences": sequences[tokens],
+        "rows": row_of[bounds],
         "places": np.cumsum(is_first) - 1,
-        "labels": own,
-        "distinct": np.cumsum(is_first | _differs(own)) - 1,
+        "labels": label_of,
+        "counts": counts,
+        "of_token": of_token,
     }
     on_device = to_device(arrays, device, torch.int64)
-    return Pairs(**on_device, bounds=np.append(starts, len(tokens)), labels_on_host=arrays["labels"])
+    return Pairs(**on_device, counted=len(tokens), bounds=np.append(bounds, len(starts)), labels_on_host=label_of)
 
 
 def _differs(values: NDArray[Any]) -> NDArray[np.bool_]:

@@ -93,10 +93,7 @@ def logits_of(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Slopes:
-    """The loss's by the logits: softmax(logits) * factor - shift, both [rows], and `added` to each label's.
-
-    Labels of one row that are equal have the same `added`, the sum of theirs.
-    """
+    """The loss's by the logits: softmax(logits) * factor - shift, both [rows], and `added` [pairs] to each label's."""
 
     factor: Tensor
     shift: Tensor
@@ -106,8 +103,8 @@ class Slopes:
 def softmax_gradient(logits: Tensor, lse: Tensor, slopes: Slopes, place: Tensor, label: Tensor) -> Tensor:
     """The gradient of `logits` [rows, vocabulary], in their place.
 
-    `lse` is [rows]; `place` and `label` tell row and column of each label. Theirs are computed in float32, of whatever
-    dtype the logits are: what is left of a likely label's gradient is small.
+    `lse` is [rows]; `place` and `label` tell row and column of each pair, no two of them the same. Theirs are computed
+    in float32, of whatever dtype the logits are: what is left of a likely label's gradient is small.
     """
     own, shift = slopes.factor[place], slopes.shift[place]
     at_labels = (logits[place, label] - lse[place]).exp_() * own - shift + slopes.added

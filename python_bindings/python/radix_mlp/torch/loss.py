@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.eager import eager
+from radix_mlp.torch.fold import to_device
 from radix_mlp.torch.labels import Chunk, Pairs, pairs_of
 from radix_mlp.torch.logits import (
     Head,
@@ -79,24 +81,13 @@ def cross_entropy(
     head = lm_head if isinstance(lm_head, Head) else None if lm_head is None else Head(lm_head)
     check(hidden, head, fold)
     pairs = pairs_of(fold, labels, ignore_index, vocabulary(hidden, head), hidden.device)
-    weight = torch.ones(len(pairs.tokens), dtype=precision(hidden), device=hidden.device)
-    for name, given, size in (
-        ("weights", weights, fold.num_tokens),
-        ("sequence_weights", sequence_weights, fold.num_sequences),
-    ):
-        if given is None:
-            continue
-        if given.shape != (size,):
-            raise ValueError(f"{name} must be [{size}], got shape {tuple(given.shape)}")
-        if given.requires_grad:
-            raise ValueError(f"{name} must not require gradients: they scale the loss as constants")
-        index = pairs.tokens if name == "weights" else pairs.sequences
-        weight *= given.to(hidden.device)[index].to(weight.dtype)
+    given = _token_weights(fold, hidden, weights, sequence_weights)
+    weight = pairs.counts.to(precision(hidden)) if given is None else pairs.summed(given)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if reduction == "mean":
-        weight /= max(1, len(pairs.tokens))
-    terms = _Terms(weight, pairs.summed(weight), label_smoothing, z_loss)
+        weight /= max(1, pairs.counted)
+    terms = _Terms(weight, label_smoothing, z_loss)
     loss: Tensor = _Loss.apply(hidden, *parameters(head), head, pairs, terms)  # type: ignore[no-untyped-call]
     return loss
 
@@ -112,8 +103,28 @@ def log_probs(
     head = lm_head if isinstance(lm_head, Head) else None if lm_head is None else Head(lm_head)
     check(hidden, head, fold)
     pairs = pairs_of(fold, labels, ignore_index, vocabulary(hidden, head), hidden.device)
-    counted: Tensor = _LogProbs.apply(hidden, *parameters(head), head, pairs)  # type: ignore[no-untyped-call]
-    return counted.new_zeros(fold.num_tokens).index_put((pairs.tokens,), counted)
+    return pairs.each(_LogProbs.apply(hidden, *parameters(head), head, pairs))  # type: ignore[no-untyped-call]
+
+
+def _token_weights(
+    fold: Fold, hidden: Tensor, weights: Tensor | None, sequence_weights: Tensor | None
+) -> Tensor | None:
+    """Both weights of each token multiplied, [N] in the loss's precision; None where neither is given."""
+    given = {"weights": (weights, fold.num_tokens), "sequence_weights": (sequence_weights, fold.num_sequences)}
+    for name, (own, size) in given.items():
+        if own is not None and own.shape != (size,):
+            raise ValueError(f"{name} must be [{size}], got shape {tuple(own.shape)}")
+        if own is not None and own.requires_grad:
+            raise ValueError(f"{name} must not require gradients: they scale the loss as constants")
+    if sequence_weights is not None:
+        lengths = to_device({"lengths": np.diff(fold.cu_seq_lengths)}, hidden.device, torch.int64)["lengths"]
+        sequence_weights = sequence_weights.to(hidden.device, precision(hidden))
+        sequence_weights = sequence_weights.repeat_interleave(lengths, output_size=fold.num_tokens)
+    if weights is not None:
+        weights = weights.to(hidden.device, precision(hidden))
+    if weights is None or sequence_weights is None:
+        return sequence_weights if weights is None else weights
+    return weights * sequence_weights
 
 
 def next_token_labels(input_ids: Tensor, cu_seq_lengths: Tensor, ignore_index: int = -100) -> Tensor:
@@ -127,25 +138,24 @@ def next_token_labels(input_ids: Tensor, cu_seq_lengths: Tensor, ignore_index: i
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is summed up for each label that counts: its `weight`, and `equal`, that of all equal labels of its row."""
+    """What is summed up for each pair of a row and a label that counts: `weight`, that of all its tokens."""
 
     weight: Tensor
-    equal: Tensor
     smoothing: float
     z_loss: float
 
     def of(self, chunk: Chunk) -> "_Terms":
-        return _Terms(self.weight[chunk.own], self.equal[chunk.own], self.smoothing, self.z_loss)
+        return _Terms(self.weight[chunk.own], self.smoothing, self.z_loss)
 
     def of_rows(self, places: Tensor, lse: Tensor) -> Tensor:
-        """The weight of all labels of each row of `lse`, where `places` are the labels' rows."""
+        """The weight of all pairs of each row of `lse`, where `places` are the pairs' rows."""
         return torch.zeros_like(lse).index_add_(0, places, self.weight)
 
     def slopes(self, places: Tensor, lse: Tensor, columns: int, by: Tensor | float = 1.0) -> Slopes:
-        """Those of `by` times the loss of labels of a vocabulary of so many `columns`."""
+        """Those of `by` times the loss, for a vocabulary of so many `columns`."""
         row_weight = self.of_rows(places, lse) * by
         factor, shift = row_weight * (1 + 2 * self.z_loss * lse), row_weight * (self.smoothing / columns)
-        return Slopes(factor, shift, self.equal * ((self.smoothing - 1) * by))
+        return Slopes(factor, shift, self.weight * ((self.smoothing - 1) * by))
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -173,7 +183,7 @@ def _chunk_loss(
 
 
 def _chunk_log_probs(hidden: Tensor, head: Head | None, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Those of the chunk's labels, and each row's logsumexp."""
+    """Those of the chunk's pairs, and each row's logsumexp."""
     logits, _ = logits_of(hidden[chunk.rows], head)
     lse = logsumexp(logits)
     return logits[chunk.places, chunk.labels] - lse[chunk.places], lse
@@ -247,7 +257,7 @@ class _LogProbs(torch.autograd.Function):
         hidden, _, _, lse = ctx.saved_tensors
         head, pairs, autocast = ctx.again
         # A label's log-probability is the loss of its row with the opposite sign.
-        terms = _Terms(-upstream[0], -pairs.summed(upstream[0]), 0.0, 0.0)
+        terms = _Terms(-upstream[0], 0.0, 0.0)
         with autocast:
             slopes = terms.slopes(pairs.places, lse, vocabulary(hidden, head))
             return (*gradients_by_columns(hidden, head, pairs, lse, slopes, ctx.needs_input_grad[:3]), None, None)
