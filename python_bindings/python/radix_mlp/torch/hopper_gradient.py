@@ -74,29 +74,33 @@ def hopper_gradients(
         raise RuntimeError(f"there are no kernels for {q.dtype} and head_dim {q.shape[-1]} on {q.device}")
     begin, walk, end = kernels
     (rows, heads, _), kv_heads = q.shape, k.shape[1]
-    group = heads // kv_heads
+    group, splits = heads // kv_heads, walks.split_block.shape[0]
     steps = -(-rows // (PAIRS // group))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    pair_numbers = lse.new_empty(steps, kv_heads, 2, PAIRS)
-    pair_sums = lse.new_empty(steps, kv_heads, PAIRS, HEAD_DIM)
-    parts = lse.new_empty(walks.parts, kv_heads, 2, KEY_BLOCK, HEAD_DIM)
-    sizes = GradientSizes(*out.stride()[:2], *dout.stride()[:2], rows, kv_heads, group, scale)
+    # In one piece, since each costs the host time: numbers of pairs, their sums, and parts of keys' sums.
+    sizes = [steps * 2 * PAIRS, steps * PAIRS * HEAD_DIM, walks.parts * 2 * KEY_BLOCK * HEAD_DIM]
+    memory = lse.new_empty(kv_heads * sum(sizes))
+    pair_numbers = memory.data_ptr()
+    pair_sums = pair_numbers + 4 * kv_heads * sizes[0]
+    parts = pair_sums + 4 * kv_heads * sizes[1]
+    given = GradientSizes(*out.stride()[:2], *dout.stride()[:2], rows, kv_heads, group, scale)
     box = PAIRS // group, group
     maps = [tensor_map(q, *box), tensor_map(dout, *box), tensor_map(k, KEY_BLOCK, 1), tensor_map(v, KEY_BLOCK, 1)]
-    lists = walks.key_block, walks.first_step, walks.walk_end, walks.part
+    gradients = [x.data_ptr() for x in (dq, dk, dv)]
+    lists = [x.data_ptr() for x in (subtree_end, walks.key_block, walks.first_step, walks.walk_end, walks.part)]
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
-    def run(kernel: Any, blocks: int, threads: int, shared: int, maps: list[Any], *tensors: Tensor) -> None:
-        values = [*maps, *(x.data_ptr() for x in tensors), sizes]
-        types = [*[None] * len(maps), *[ctypes.c_void_p] * len(tensors), None]
-        launch(kernel, blocks * kv_heads, threads, shared, stream, values, types)
+    def run(kernel: Any, blocks: int, threads: int, shared: int, maps: list[Any], *pointers: int) -> None:
+        types = [*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), None]
+        launch(kernel, blocks * kv_heads, threads, shared, stream, [*maps, *pointers, given], types)
 
     with torch.cuda.device(q.device):
-        run(begin, steps, BEGIN_THREADS, 0, [], out, dout, lse, pair_numbers, pair_sums)
-        sums = pair_numbers, pair_sums, parts, dk, dv
-        run(walk, len(walks.key_block), WALK_THREADS, SHARED_BYTES, maps, *sums, subtree_end, *lists)
-        splits = walks.split_block, walks.first_part
-        run(end, steps + len(walks.split_block), END_THREADS, 0, [], pair_sums, parts, *splits, dq, dk, dv)
+        outputs = out.data_ptr(), dout.data_ptr(), lse.data_ptr()
+        run(begin, steps, BEGIN_THREADS, 0, [], *outputs, pair_numbers, pair_sums)
+        sums = pair_numbers, pair_sums, parts, *gradients[1:]
+        run(walk, walks.key_block.shape[0], WALK_THREADS, SHARED_BYTES, maps, *sums, *lists)
+        split = walks.split_block.data_ptr(), walks.first_part.data_ptr()
+        run(end, steps + splits, END_THREADS, 0, [], pair_sums, parts, *split, *gradients)
     return dq, dk, dv
 
 
