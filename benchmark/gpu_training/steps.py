@@ -24,6 +24,12 @@ from radix_torch_varlen import Level, Qwen3, Qwen3Config
 IGNORED = -100
 # Layers that torch.compile makes one graph of: where rows are few, calls of graphs would be what the GPU waits for.
 LAYERS_OF_A_GRAPH = 7
+# No call checks that modules are still what was compiled, nor what sizes products have: the GPU could wait for that too.
+UNCHECKED = {
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
 
 Step = Callable[[], Tensor]
 
@@ -72,14 +78,11 @@ class Stack(nn.ModuleList):
 
 
 def compiled(own: Qwen3) -> Qwen3:
-    """The model with the same parameters in memory, and layers by torch.compile.
-
-    No call checks that modules are still what was compiled: the GPU could wait for that where rows are few.
-    """
+    """The model with the same parameters in memory, and layers by torch.compile."""
     fused = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
     starts = range(0, len(fused.layers), LAYERS_OF_A_GRAPH)
     fused.layers = nn.ModuleList(Stack(fused.layers[start : start + LAYERS_OF_A_GRAPH]) for start in starts)
-    compile_layers(fused.layers, {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    compile_layers(fused.layers, UNCHECKED)
     return fused
 
 
