@@ -49,5 +49,7 @@ def announce(checks: list[Row]) -> None:
 
 
 def missed(checks: list[Row]) -> str:
-    """The targets that were missed, a sentence each in Markdown."""
+    """The targets that were missed, a sentence each in Markdown; where none was, how many were met."""
+    if all(check["met"] for check in checks):
+        return f"Targets met: all {len(checks)}."
     return "\n".join(f"- Missed: {sentence(check)}." for check in checks if not check["met"])

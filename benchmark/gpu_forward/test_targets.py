@@ -114,3 +114,4 @@ def test_checks() -> None:
         assert not low["met"]
         assert not high["met"]
     assert missed([slow, fast]) == "- Missed: speed: 1.235 where ≥ 2 is the target (b)."
+    assert missed([fast, fast]) == "Targets met: all 2."
