@@ -1,5 +1,7 @@
 import os
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 # The first example pays for imports: no example is judged by its time.
@@ -14,3 +16,17 @@ except ImportError:
 else:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def model() -> Any:
+    from tiny import make
+
+    return make()
+
+
+@pytest.fixture(params=["right", "left"])
+def batch(request: pytest.FixtureRequest) -> Any:
+    from tiny import padded
+
+    return padded(request.param)

@@ -66,10 +66,11 @@ def tree_walks(
     fold: Fold, q: Tensor, k: Tensor, window: int | None, softcap: float | None, longest: int | None = None
 ) -> Walks:
     """The walks of `fold`'s keys by which `tree_backward` has the gradients, of no more than `longest` rows each."""
-    tiles = key_gradient_tiles(q.shape[-1], q.dtype, q.shape[1] // k.shape[1])
+    group, head_dim = q.shape[1] // k.shape[1], q.shape[-1]
     plain = window is None and softcap is None and not torch.are_deterministic_algorithms_enabled()
-    if plain and tiles.tile <= HOPPER_TILES.tile and hopper_gradient_kernels(q.device, q.dtype, q.shape[-1]):
+    if plain and group <= HOPPER_TILES.tile and hopper_gradient_kernels(q.device, q.dtype, head_dim):
         return key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=longest)
+    tiles = key_gradient_tiles(head_dim, q.dtype, group)
     return key_walks(fold, q, k, tiles, PROGRAMS, aligned=False, longest=longest)
 
 
