@@ -50,8 +50,8 @@ __device__ void begin(const T *out, const T *dout, const float *lse, float *pair
     product = sum_of_quad(product);
     if (threadIdx.x % 4 == 0) {
         float *own = pair_numbers + step.at * PAIR_NUMBERS + pair;
-        // What is no query has weights of 0.
-        own[0] = valid ? lse[uint64_t(head) * sizes.rows + row] * LOG2_E : INFINITY;
+        // What is no query has zeros for it and for its output's gradient: its weights must only be finite.
+        own[0] = valid ? lse[uint64_t(head) * sizes.rows + row] * LOG2_E : 0;
         own[PAIRS] = product;
     }
     for (uint32_t at = threadIdx.x; at < PAIR_SUMS / 4; at += 4 * PAIRS) {

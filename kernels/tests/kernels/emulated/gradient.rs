@@ -233,4 +233,23 @@ pub fn differentiates(library: &Library) {
         Ok(())
     });
     checked.unwrap();
+    beside_a_warps_keys(library);
+}
+
+/// A step that begins with the last but one of a warp's keys, which does not see the last.
+fn beside_a_warps_keys(library: &Library) {
+    let case = Case {
+        kv_heads: 1,
+        group: 9,
+        head_dim: DIM,
+        window: None,
+        softcap: None,
+    };
+    let step = PAIRS / case.group;
+    assert!((0..48).step_by(step).any(|row| row % 16 == 14));
+    let differences = gradient(library, &[vec![1; 48]], case, DType::F16, 9);
+    assert!(
+        differences.iter().all(|&found| found < 1e-3),
+        "{differences:?}"
+    );
 }

@@ -5,7 +5,11 @@
 
 inline void make_barrier(uint32_t at, uint32_t arrivals) { emulator::block->phased[at] = {arrivals, 0, 0}; }
 
-inline void arrive(uint32_t at) { emulator::block->phased_at(at).arrive(); }
+// Others may see it before this thread goes on.
+inline void arrive(uint32_t at) {
+    emulator::block->phased_at(at).arrive();
+    emulator::block->pause();
+}
 
 inline void arrive_copied(uint32_t at) {
     emulator::Block &block = *emulator::block;

@@ -132,7 +132,7 @@ struct Block {
     Barrier barrier, some;
     std::map<uint32_t, Phased> phased;
     std::vector<Flight> flights;
-    std::vector<int> ready;
+    std::vector<int> ready, paused;
     std::function<void()> kernel;
     std::mt19937 draw;
     ucontext_t launcher;
@@ -166,6 +166,9 @@ struct Block {
             land(draw() % flights.size());
         }
         if (ready.empty()) {
+            ready.swap(paused);
+        }
+        if (ready.empty()) {
             if (done != int(fibers.size())) {
                 std::fputs("emulator: all threads wait for others\n", stderr);
                 std::abort();
@@ -185,6 +188,14 @@ struct Block {
         if (to != from) {
             current = to;
             swapcontext(&fibers[from].context, &fibers[to].context);
+        }
+    }
+
+    // Lets all others run first as far as they can, now and then.
+    void pause() {
+        if (draw() % 64 == 0) {
+            paused.push_back(current);
+            next();
         }
     }
 
