@@ -86,6 +86,14 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     lse, dout = torch.empty(6, rows), torch.randn(6, rows, HEAD_DIM, dtype=torch.float16).transpose(0, 1)
     walks = key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=21)
     assert walks.parts
+    allocated: list[int] = []
+    new_empty = Tensor.new_empty
+
+    def spy(x: Tensor, size: int) -> Tensor:
+        allocated.append(size)
+        return new_empty(x, size)
+
+    monkeypatch.setattr(Tensor, "new_empty", spy)
     dq, dk, dv = hopper_gradients(q, k, v, out, lse, dout, subtree_end, walks, 0.5)
 
     steps = -(-rows // (PAIRS // 3))
@@ -106,8 +114,10 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     sizes = passed.pop("sizes")
     expected = [*out.stride()[:2], *dout.stride()[:2], rows, 2, 3, 0.5]
     assert [getattr(sizes, name) for name, *_ in GradientSizes._fields_] == expected
-    for name in ("pair_numbers", "pair_sums", "parts"):
-        assert passed.pop(name)
+    # One after the other in one piece: numbers of pairs, their sums, parts of keys' sums.
+    numbers, sums, parts = (passed.pop(name) for name in ("pair_numbers", "pair_sums", "parts"))
+    assert (sums - numbers, parts - sums) == (4 * 2 * steps * 2 * PAIRS, 4 * 2 * steps * PAIRS * HEAD_DIM)
+    assert 4 * allocated[0] == parts - numbers + 4 * 2 * walks.parts * 2 * KEY_BLOCK * HEAD_DIM
     boxes = {"q": (q, PAIRS // 3, 3), "dout": (dout, PAIRS // 3, 3), "k": (k, KEY_BLOCK, 1), "v": (v, KEY_BLOCK, 1)}
     for name, (x, *box) in boxes.items():
         assert passed.pop(f"{name}_boxes") == (x.data_ptr(), *box)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -23,11 +23,19 @@ def folds(draw: st.DrawFn) -> Fold:
 
 
 @given(
-    folds(),
-    st.sampled_from([Tiles(16, 8, 4, 1), Tiles(8, 16, 4, 1), Tiles(64, 64, 4, 1)]),
-    st.sampled_from([1, 2, 3]),
-    st.one_of(st.none(), st.integers(1, 100)),
-    st.booleans(),
+    fold=folds(),
+    tiles=st.sampled_from([Tiles(16, 8, 4, 1), Tiles(8, 16, 4, 1), Tiles(64, 64, 4, 1)]),
+    group=st.sampled_from([1, 2, 3]),
+    longest=st.one_of(st.none(), st.integers(1, 100)),
+    aligned=st.booleans(),
+)
+# Blocks that begin within a step.
+@example(
+    fold=Fold.from_sequences([[0] * 60], layout="depth_first"),
+    tiles=Tiles(16, 8, 4, 1),
+    group=3,
+    longest=20,
+    aligned=True,
 )
 def test_every_row_that_sees_a_key_is_walked_once(
     fold: Fold, tiles: Tiles, group: int, longest: int | None, aligned: bool
