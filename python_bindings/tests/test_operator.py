@@ -123,11 +123,12 @@ def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(monkeypatch: pyt
     assert trained == [False, True]
 
 
-def test_gradients_of_many_copies_are_added_in_float32() -> None:
+@pytest.mark.parametrize("run", [layer, compiled()], ids=["eager", "compiled"])
+def test_gradients_of_many_copies_are_added_in_float32(run: Any) -> None:
     """A prompt's value has half of each of 300 completions: a sum in bfloat16 stops at 128, where a half is lost."""
     fold = Fold.from_sequences([[1, 2 + i] for i in range(300)], layout="depth_first")
     q, k, v = (torch.zeros(fold.num_rows, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    compiled(backend="sequential")(q, k, v, fold_handle(fold)).sum().backward()
+    run(q, k, v, fold_handle(fold), backend="sequential").sum().backward()
     assert v.grad is not None
     assert v.grad[0, 0].tolist() == [151.0] * 8
 

@@ -74,13 +74,20 @@ def sequential_attention(
     """Attention of `q` [rows, heads, head_dim] over `k`, `v` [rows, key heads, head_dim], as `q`.
 
     Memory beyond the inputs and the output is that of one sequence's keys and values and of
-    `MAX_SCORES` scores. Padding rows give zeros. Differentiable.
+    `MAX_SCORES` scores, and where 16 bits get gradients that of `k` and `v` in float32. Padding rows give zeros.
+    Differentiable.
     """
-    parts = [
-        _one_path(q.index_select(0, rows), k.index_select(0, path), v.index_select(0, path), scale, softcap, window)
-        for rows, path in zip(along.rows, along.paths, strict=True)
-    ]
+    wide_k, wide_v = _precisely_summed(k), _precisely_summed(v)
+    parts = []
+    for rows, path in zip(along.rows, along.paths, strict=True):
+        keys, values = (x.index_select(0, path).to(q.dtype) for x in (wide_k, wide_v))
+        parts.append(_one_path(q.index_select(0, rows), keys, values, scale, softcap, window))
     return torch.cat([*parts, q.new_zeros(1, q.shape[1], v.shape[-1])]).index_select(0, along.inverse)
+
+
+def _precisely_summed(x: Tensor) -> Tensor:
+    """`x`, in float32 at least where it gets a gradient: that is added up in it, and may be of hundreds of copies."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def _one_path(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
