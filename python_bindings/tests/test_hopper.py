@@ -91,8 +91,8 @@ def test_tensors_become_what_the_copy_engine_takes() -> None:
         assert all(step and 2 * step % 16 == 0 for step in copy.stride()[:2])
 
 
-def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a launch that never happens, against the declaration in the sources."""
+def launches_of_nothing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is launched from now on, on stream 7, and never happens: the arguments of each cuLaunchKernel."""
     driver = pytest.importorskip("cuda.bindings.driver")
     launches: list[tuple[Any, ...]] = []
 
@@ -103,6 +103,12 @@ def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(driver, "cuLaunchKernel", launch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    return launches
+
+
+def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a launch that never happens, against the declaration in the sources."""
+    launches = launches_of_nothing(monkeypatch)
     monkeypatch.setattr("radix_mlp.torch.hopper.tensor_map", lambda x, *box: (x.data_ptr(), *box))
     monkeypatch.setattr("radix_mlp.torch.hopper.multiprocessors", lambda _: 3)
     fold = three_levels("depth_first")

@@ -2,9 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from ctypes import c_void_p
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +32,7 @@ from radix_mlp.torch.hopper_gradient import (
 from radix_mlp.torch.tree_mask import Tiles, key_gradient_tiles
 from radix_mlp.torch.walks import key_walks
 from test_attention import compare, tensors, three_levels
-from test_hopper import TOLERANCES, needs_hopper, pretend
+from test_hopper import TOLERANCES, launches_of_nothing, needs_hopper, pretend
 
 pytest.importorskip("triton")
 
@@ -68,16 +66,7 @@ def test_a_size_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch, n
 
 def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of launches that never happen, against the declarations in the sources."""
-    driver = pytest.importorskip("cuda.bindings.driver")
-    launches: list[tuple[Any, ...]] = []
-
-    def launch(*given: Any) -> tuple[Any]:
-        launches.append(given)
-        return (driver.CUresult.CUDA_SUCCESS,)
-
-    monkeypatch.setattr(driver, "cuLaunchKernel", launch)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    launches = launches_of_nothing(monkeypatch)
     monkeypatch.setattr("radix_mlp.torch.hopper_gradient.hopper_gradient_kernels", lambda *_: ["begin", "walk", "end"])
     monkeypatch.setattr("radix_mlp.torch.hopper_gradient.tensor_map", lambda x, *box: (x.data_ptr(), *box))
     fold = three_levels("depth_first")

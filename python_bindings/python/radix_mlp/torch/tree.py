@@ -145,21 +145,6 @@ def tree_backward(
     if walks.tiles == HOPPER_TILES:
         q, k, v, out, dout = map(_aligned, (q, k, v, out, dout))
         return hopper_gradients(q, k, v, out, lse, dout, mask.subtree_end, walks, scale)
-    return _triton_backward(q, k, v, out, lse, dout, mask, walks, scale, softcap)
-
-
-def _triton_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    mask: TreeMask,
-    walks: Walks,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
     rows, _, _ = q.shape
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)
