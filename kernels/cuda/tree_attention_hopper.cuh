@@ -9,38 +9,12 @@
 
 #include <hopper_load.cuh>
 #include <launch.cuh>
-#include <warpgroup.cuh>
+#include <products.cuh>
 
 namespace {
 
 // The kernel begins with 168 registers a thread; all together these are as many.
 constexpr int CONSUMER_REGISTERS = 232, LOADER_REGISTERS = 40;
-
-// scores = q k^T, of the warpgroup's queries and a step's keys.
-template <typename T, int HEAD_DIM>
-__device__ void multiply_keys(float (&scores)[STEP / 8][4], uint32_t q_memory, uint32_t k_memory) {
-#pragma unroll
-    for (int step = 0; step < HEAD_DIM / 16; ++step) {
-        const uint32_t panel = step / 4, column = 32 * (step % 4);
-        const uint64_t queries = descriptor(q_memory + panel * TILE * 128 + column, 0);
-        const uint64_t keys = descriptor(k_memory + panel * STEP * 128 + column, 0);
-        if (step) {
-            multiply_rows<T, false>(scores, queries, keys);
-        } else {
-            multiply_rows<T, true>(scores, queries, keys);
-        }
-    }
-}
-
-// acc += weights v
-template <typename T, int HEAD_DIM>
-__device__ void multiply_values(float (&acc)[HEAD_DIM / 8][4], const uint32_t (&weights)[STEP / 16][4],
-                                uint32_t v_memory) {
-#pragma unroll
-    for (int step = 0; step < STEP / 16; ++step) {
-        multiply_columns<T>(acc, weights[step], descriptor(v_memory + 16 * step * 128, STEP * 128));
-    }
-}
 
 // For which of a step's keys the scores of a thread's two queries do not count: key 8 * n + lane % 4 * 2 + j is bit
 // 2 * n + j.
@@ -100,11 +74,11 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
         typename Own::Scores scores;
 
         auto begin_scores = [&](uint32_t i) {
-            multiply_keys<T, HEAD_DIM>(scores[0], own_q, memory.k.stage(at + i));
+            multiply_panels<T, HEAD_DIM, TILE, STEP>(scores[0], own_q, memory.k.stage(at + i));
             commit_products();
         };
         auto begin_values = [&](uint32_t i) {
-            multiply_values<T, HEAD_DIM>(own.acc[0], weights, memory.v.stage(at + i));
+            add_panels<T>(own.acc[0], weights, memory.v.stage(at + i));
             commit_products();
         };
         // While the scores are under way.

@@ -9,8 +9,8 @@
 // sums to the dtype of the gradients.
 #pragma once
 
+#include <products.cuh>
 #include <tree_gradient_ends.cuh>
-#include <warpgroup.cuh>
 
 namespace {
 
@@ -116,32 +116,6 @@ template <typename T> __device__ void pack_pairs(const float (&x)[PAIRS / 8][4],
     }
 }
 
-// scores = a b^T, of the warpgroup's keys `a` and a step's pairs `b`.
-template <typename T>
-__device__ void multiply_pairs(float (&scores)[PAIRS / 8][4], uint32_t keys_memory, uint32_t pairs_memory) {
-#pragma unroll
-    for (int step = 0; step < GRADIENT_DIM / 16; ++step) {
-        const uint32_t panel = step / 4, column = 32 * (step % 4);
-        const uint64_t keys = descriptor(keys_memory + panel * OWN_KEYS * 128 + column, 0);
-        const uint64_t pairs = descriptor(pairs_memory + panel * PAIRS * 128 + column, 0);
-        if (step) {
-            multiply_rows<T, false>(scores, keys, pairs);
-        } else {
-            multiply_rows<T, true>(scores, keys, pairs);
-        }
-    }
-}
-
-// sums += weights b, of a step's pairs `b`.
-template <typename T>
-__device__ void add_pairs(float (&sums)[GRADIENT_DIM / 8][4], const uint32_t (&weights)[PAIRS / 16][4],
-                          uint32_t pairs_memory) {
-#pragma unroll
-    for (int step = 0; step < PAIRS / 16; ++step) {
-        multiply_columns<T>(sums, weights[step], descriptor(pairs_memory + 16 * step * 128, PAIRS * 128));
-    }
-}
-
 // sums = scores^T k, of half of the columns of `k`.
 template <typename T> __device__ void multiply_scores(float (&sums)[8][4], uint32_t scores_memory, uint32_t k_memory) {
 #pragma unroll
@@ -236,11 +210,11 @@ template <typename T> struct Walker {
         const auto *lse = reinterpret_cast<const float2 *>(shared_memory() + memory.numbers(at)) + threadIdx.x % 4;
         memory.q.await_full(at);
         begin_products();
-        multiply_pairs<T>(weights, memory.base + memory.K + own_keys, memory.q.stage(at));
+        multiply_panels<T, GRADIENT_DIM, OWN_KEYS, PAIRS>(weights, memory.base + memory.K + own_keys, memory.q.stage(at));
         commit_products();
         memory.dout.await_full(at);
         begin_products();
-        multiply_pairs<T>(slopes, memory.base + memory.V + own_keys, memory.dout.stage(at));
+        multiply_panels<T, GRADIENT_DIM, OWN_KEYS, PAIRS>(slopes, memory.base + memory.V + own_keys, memory.dout.stage(at));
         commit_products();
         wait_for_products<1>();
         settle(weights);
@@ -256,7 +230,7 @@ template <typename T> struct Walker {
         settle(packed);
         settle(dv);
         begin_products();
-        add_pairs<T>(dv, packed, memory.dout.stage(at));
+        add_panels<T>(dv, packed, memory.dout.stage(at));
         commit_products();
         wait_for_products<1>();
         settle(slopes);
@@ -270,7 +244,7 @@ template <typename T> struct Walker {
         begin_products();
         multiply_scores<T>(slopes, memory.scores(at), memory.base + memory.K + own_panel);
         commit_products();
-        add_pairs<T>(dk, gradients, memory.q.stage(at));
+        add_panels<T>(dk, gradients, memory.q.stage(at));
         commit_products();
         wait_for_products<1>();
         settle(slopes);

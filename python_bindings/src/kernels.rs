@@ -19,6 +19,7 @@ pub fn cuda_sources() -> BTreeMap<&'static str, &'static str> {
         "hopper_load.cuh",
         "hopper_memory.cuh",
         "launch.cuh",
+        "products.cuh",
         "ring.cuh",
         "tensor_copy.cuh",
         "tree_attention.cuh",
