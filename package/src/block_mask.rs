@@ -26,7 +26,7 @@ pub struct Csr {
 
 impl Csr {
     /// No rows, with room for the offsets of `rows`.
-    fn with_capacity(rows: usize) -> Self {
+    pub(crate) fn with_capacity(rows: usize) -> Self {
         let mut offsets = Vec::with_capacity(rows + 1);
         offsets.push(0);
         Self {
@@ -35,7 +35,7 @@ impl Csr {
         }
     }
 
-    fn end_row(&mut self) {
+    pub(crate) fn end_row(&mut self) {
         self.offsets.push(self.indices.len());
     }
 
@@ -127,14 +127,14 @@ impl BlockMask {
 }
 
 /// Rows `start..end` of which each is the only child of the one before: one `subtree_end` for all.
-struct Chain {
-    start: usize,
-    end: usize,
-    subtree_end: usize,
+pub(crate) struct Chain {
+    pub start: usize,
+    pub end: usize,
+    pub subtree_end: usize,
 }
 
 /// The chains of a depth-first layout: rows of equal `subtree_end` are neighbours.
-fn chains(subtree_end: &[u32]) -> impl Iterator<Item = Chain> {
+pub(crate) fn chains(subtree_end: &[u32]) -> impl Iterator<Item = Chain> {
     let mut start = 0;
     subtree_end.chunk_by(|a, b| a == b).map(move |rows| {
         let chain = Chain {

@@ -46,7 +46,7 @@ pub enum FoldError {
         /// Number of sequences.
         sequences: usize,
     },
-    /// A block mask of blocks of 0 rows was asked for.
+    /// A mask with blocks or a window of 0 rows was asked for.
     ZeroBlockSize,
     /// The operation reads the trie's intervals, which only
     /// [`Layout::DepthFirst`](crate::Layout::DepthFirst) has.
@@ -96,7 +96,9 @@ impl fmt::Display for FoldError {
             Self::SaltsLength { salts, sequences } => {
                 write!(f, "got {salts} salts for {sequences} sequences")
             }
-            Self::ZeroBlockSize => write!(f, "a mask block cannot have 0 rows"),
+            Self::ZeroBlockSize => {
+                write!(f, "neither a mask's blocks nor its window can have 0 rows")
+            }
             Self::NeedsDepthFirst => write!(
                 f,
                 "block masks need the depth-first layout, the fold is in first-occurrence layout"

@@ -1,7 +1,9 @@
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::block_mask::BlockMask;
 use crate::error::FoldError;
+use crate::path_mask::PathMask;
 use crate::scatter::{Scatter, Span};
 use crate::trie::{Batch, Trie};
 
@@ -402,6 +404,26 @@ impl Fold {
     pub fn block_mask(&self, query_block: usize, key_block: usize) -> Result<BlockMask, FoldError> {
         let subtree_end = self.subtree_end().ok_or(FoldError::NeedsDepthFirst)?;
         BlockMask::new(subtree_end, query_block, key_block)
+    }
+
+    /// The mask of tree attention in blocks of paths, from a fold in depth-first layout: query blocks of `query_block`
+    /// rows, key blocks of `key_block` keys, and of a window of so many rows where there is one. Padding rows are one path.
+    ///
+    /// # Errors
+    ///
+    /// [`FoldError::NeedsDepthFirst`] in first-occurrence layout, [`FoldError::ZeroBlockSize`], for a window as well.
+    pub fn path_mask(
+        &self,
+        query_block: usize,
+        key_block: usize,
+        window: Option<u32>,
+    ) -> Result<PathMask, FoldError> {
+        let subtree_end = self.subtree_end().ok_or(FoldError::NeedsDepthFirst)?;
+        let mut subtree_end = Cow::Borrowed(subtree_end);
+        if self.num_rows() > self.num_nodes() {
+            subtree_end.to_mut()[self.num_nodes()..].fill(self.num_rows() as u32);
+        }
+        PathMask::new(&subtree_end, query_block, key_block, window)
     }
 
     /// Takes values from original to compact space: \[N, width\] to \[rows, width\], where padding

@@ -46,6 +46,7 @@ mod draw;
 mod error;
 mod fold;
 mod hash;
+mod path_mask;
 mod prefix;
 #[cfg(feature = "candle")]
 pub mod qwen3;
@@ -59,6 +60,7 @@ pub use crate::batching::{Budget, PlannedBatch, plan_batches};
 pub use crate::block_mask::{BlockMask, Csr};
 pub use crate::error::FoldError;
 pub use crate::fold::{Fold, FoldBuilder, Layout, compute_fold_and_scatter};
+pub use crate::path_mask::PathMask;
 pub use crate::scheduler::{Batch, Next, Scheduled, Scheduler, Ticket, Tokens};
 
 /// Compiles and runs the README's example.

@@ -221,6 +221,10 @@ fn what_is_no_batch_is_an_error_with_its_values() {
     let fold = batch.build().unwrap();
     assert_eq!(fold.block_mask(64, 64), Err(FoldError::NeedsDepthFirst));
     assert_eq!(
+        fold.path_mask(64, 64, None),
+        Err(FoldError::NeedsDepthFirst)
+    );
+    assert_eq!(
         fold.unfold(&[1, 2, 3], 2),
         Err(FoldError::RowsMismatch {
             len: 3,
@@ -238,6 +242,10 @@ fn what_is_no_batch_is_an_error_with_its_values() {
     );
     let tree = batch.layout(Layout::DepthFirst).build().unwrap();
     assert_eq!(tree.block_mask(0, 64), Err(FoldError::ZeroBlockSize));
+    for (query_block, key_block, window) in [(0, 64, None), (64, 0, None), (64, 64, Some(0))] {
+        let refused = tree.path_mask(query_block, key_block, window);
+        assert_eq!(refused, Err(FoldError::ZeroBlockSize));
+    }
 }
 
 #[test]

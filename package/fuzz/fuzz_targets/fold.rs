@@ -18,7 +18,8 @@ struct Input {
     salted: bool,
     depth_first: bool,
     pad_multiple_of: u16,
-    block_size: u8,
+    block_sizes: [u8; 2],
+    window: Option<u32>,
 }
 
 struct Batch {
@@ -84,6 +85,8 @@ fuzz_target!(|input: Input| {
     for (row, &token) in fold.fold_gather()[..fold.num_nodes()].iter().enumerate() {
         assert_eq!(fold.scatter_indices()[token as usize] as usize, row);
     }
-    let _ = fold.block_mask(input.block_size.into());
+    let [query_block, key_block] = input.block_sizes.map(usize::from);
+    let _ = fold.block_mask(query_block, key_block);
+    let _ = fold.path_mask(query_block, key_block, input.window);
     let _ = fold.draw(|ids| ids.len().to_string());
 });
