@@ -1,6 +1,7 @@
 //! The Python extension module `radix_mlp._core`: the core's types over NumPy arrays.
 
 mod kernels;
+mod masks;
 
 use numpy::ndarray::ArrayView1;
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
@@ -134,20 +135,6 @@ impl Fold {
         }))
     }
 
-    /// Offsets and indices of the blocks that are seen whole, and of those that are seen in part.
-    fn block_mask<'py>(
-        &self,
-        py: Python<'py>,
-        query_block: i64,
-        key_block: i64,
-    ) -> PyResult<[(Array<'py, usize>, Array<'py>); 2]> {
-        let query_block = rows("query_block", query_block)?;
-        let key_block = rows("key_block", key_block)?;
-        let mask = py.detach(|| self.0.block_mask(query_block, key_block));
-        let lists = mask.map_err(value_error)?.into_lists();
-        Ok(lists.map(|csr| (csr.offsets.into_pyarray(py), csr.indices.into_pyarray(py))))
-    }
-
     fn draw(&self, label: &Bound<'_, PyAny>) -> PyResult<String> {
         let mut failure = None;
         let picture = self.0.draw(|ids| {
@@ -168,6 +155,8 @@ impl Fold {
 mod _core {
     #[pymodule_export]
     use super::kernels::cuda_sources;
+    #[pymodule_export]
+    use super::masks::{block_mask, path_mask};
     #[pymodule_export]
     use super::{Fold, compute_fold_and_scatter, plan_batches};
 

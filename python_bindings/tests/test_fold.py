@@ -1,6 +1,7 @@
 """The fold over NumPy arrays and lists, against the naive fold."""
 
 import gc
+import itertools
 import re
 import threading
 from typing import Any
@@ -104,6 +105,41 @@ def test_depth_first_equals_naive(batch: Batch, pad_multiple_of: int | None, que
             uncut = block.shape[1] == key_block
             assert whole == bool(uncut and block.all())
             assert part == bool(block.any() and not whole)
+
+
+@given(
+    batches(),
+    paddings,
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([1, 2, 5]),
+    st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_path_masks_are_the_paths(
+    batch: Batch, pad_multiple_of: int | None, query_block: int, key_block: int, window: int | None
+) -> None:
+    fold = Fold(*batch.arrays(), layout="depth_first", pad_multiple_of=pad_multiple_of)
+    mask = fold.path_mask(query_block, key_block, window)
+    assert (mask.query_block, mask.key_block, mask.window) == (query_block, key_block, window)
+    paths = [[*range(fold.num_nodes, row + 1)] for row in range(fold.num_rows)]
+    for start, end in itertools.pairwise(fold.cu_seq_lengths.tolist()):
+        path = fold.scatter_indices[start:end].tolist()
+        for length, row in enumerate(path, 1):
+            paths[row] = path[:length]
+    assert mask.depth.tolist() == [len(path) - 1 for path in paths]
+    for row, path in enumerate(paths):
+        seen = []
+        for offsets, indices in (mask.full, mask.partial):
+            listed = slice(*offsets[row // query_block :][:2].tolist())
+            for first, end, depth, above in mask.blocks[indices[listed]].tolist():
+                shared = depth % key_block
+                keys = [*mask.above[above : above + shared].tolist(), *range(first, first + key_block - shared)]
+                places = range(depth - shared, depth - shared + key_block)
+                if first <= row < end:
+                    seen += [(place, key) for place, key in zip(places, keys, strict=True) if key <= row]
+        nearest = 0 if window is None else max(0, len(path) - window)
+        expected = [*enumerate(path)][nearest:]
+        assert sorted(seen)[-len(expected) :] == expected
+        assert window or len(seen) == len(path)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "uint32", "uint64", ">i4"])
@@ -216,6 +252,19 @@ def test_block_mask_errors() -> None:
         tree.block_mask(0)
     with pytest.raises(ValueError, match="query_block must be positive, got -1"):
         tree.block_mask(-1)
+
+
+def test_path_mask_errors() -> None:
+    with pytest.raises(ValueError, match="first-occurrence layout"):
+        Fold(*BATCH.arrays()).path_mask(4, 4)
+    tree = Fold(*BATCH.arrays(), layout="depth_first")
+    with pytest.raises(ValueError, match="0 rows"):
+        tree.path_mask(4, 0)
+    with pytest.raises(ValueError, match="key_block must be positive, got -1"):
+        tree.path_mask(4, -1)
+    for window in (0, 2**32):
+        with pytest.raises(ValueError, match=f"window must be positive and fit in a uint32, got {window}"):
+            tree.path_mask(4, 4, window)
 
 
 def test_arrays_are_read_only_views_that_outlive_the_fold() -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from radix_mlp._core import __version__
 from radix_mlp.batching import plan_batches
-from radix_mlp.fold import BlockMask, Fold, compute_fold_and_scatter
+from radix_mlp.fold import BlockMask, Fold, PathMask, compute_fold_and_scatter
 
 if TYPE_CHECKING:
     from radix_mlp.torch import compute_fold_and_scatter_torch as compute_fold_and_scatter_torch
 
 # Without what needs torch: `import *` works where torch is absent.
-__all__ = ["BlockMask", "Fold", "__version__", "compute_fold_and_scatter", "plan_batches"]
+__all__ = ["BlockMask", "Fold", "PathMask", "__version__", "compute_fold_and_scatter", "plan_batches"]
 
 
 def __getattr__(name: str) -> Any:

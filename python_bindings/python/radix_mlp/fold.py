@@ -64,6 +64,29 @@ class BlockMask(NamedTuple):
         return len(self.full[0]) - 1
 
 
+class PathMask(NamedTuple):
+    """The mask of tree attention in blocks of paths: keys are cut where a row's path comes to a multiple of their size.
+
+    Paths are counted from their roots, wherever in the batch their rows lie: sums over these blocks are those of a
+    sequence alone. `blocks` [blocks, 4] has `first`, `end`, `depth` and `above` of each: its keys are the
+    `depth % key_block` rows from `above[above]` on, then row `first`, which has `depth` rows above it, and those that
+    follow, `key_block` in all. Rows `first:end` have the block on their path, and see its keys up to themselves.
+
+    `partial` and `full` are compressed sparse rows `(offsets [query blocks + 1], indices)`: of which blocks some row of
+    a query block does not see some key, and which all see whole but for the window, the deepest first. Those that lie
+    beyond the `window` of all its rows are not listed. `depth` [rows] has the number of rows above each.
+    """
+
+    query_block: int
+    key_block: int
+    window: int | None
+    depth: NDArray[np.uint32]
+    blocks: NDArray[np.uint32]
+    above: NDArray[np.uint32]
+    partial: _core.Csr
+    full: _core.Csr
+
+
 class Fold(_core.Fold):
     """A batch folded onto its prefix trie: N tokens of original space, N' rows of compact space.
 
@@ -303,14 +326,26 @@ class Fold(_core.Fold):
     def _derived(self) -> dict[Hashable, Any]:
         return {}
 
-    def block_mask(self, query_block: int, key_block: int | None = None) -> BlockMask:  # type: ignore[override]
+    def block_mask(self, query_block: int, key_block: int | None = None) -> BlockMask:
         """The mask of tree attention, from a fold in depth-first layout, in blocks of so many rows.
 
         `key_block` is `query_block` where it is not given. Raises ValueError for the other layout and for blocks that
         are not positive.
         """
         key_block = query_block if key_block is None else key_block
-        return BlockMask(query_block, key_block, *super().block_mask(query_block, key_block))
+        return BlockMask(query_block, key_block, *_core.block_mask(self, query_block, key_block))
+
+    def path_mask(self, query_block: int, key_block: int, window: int | None = None) -> PathMask:
+        """The mask of tree attention in blocks of paths, from a fold in depth-first layout, for queries in blocks of so
+        many rows and keys in blocks of so many.
+
+        With a `window` a row sees no more than so many rows of its path, itself included. Raises ValueError for the
+        other layout, for blocks that are not positive and for a window that is not or that a uint32 cannot hold.
+        """
+        if window is not None and not 0 < window < 2**32:
+            raise ValueError(f"window must be positive and fit in a uint32, got {window}")
+        (depth, blocks, above), (partial, full) = _core.path_mask(self, query_block, key_block, window)
+        return PathMask(query_block, key_block, window, depth, blocks.reshape(-1, 4), above, partial, full)
 
     def draw(self, label: Callable[[list[int]], str] | None = None) -> str:
         """A picture of the trie in text, one line for each run of tokens that sequences share.
