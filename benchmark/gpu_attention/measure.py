@@ -42,7 +42,7 @@ from gpu_forward.record import Record  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import attention  # noqa: E402
 from radix_mlp.torch.cost import Work, flash_work, tree_work  # noqa: E402
-from radix_mlp.torch.tree_mask import forward_tiles, tree_arrays  # noqa: E402
+from radix_mlp.torch.forward_mask import forward_mask  # noqa: E402
 
 RESULT = ROOT / "benchmark" / "results" / "gpu_attention.json"
 CUDA = torch.cuda.is_available()
@@ -180,12 +180,12 @@ def new_shape_ms(method: str, batch: Batch, heads: int, kv_heads: int) -> float:
 def work(batch: Batch, heads: int, kv_heads: int) -> dict[str, Work]:
     """What the cost model counts, by way."""
     unshared, folded = fold(batch, "none"), fold(batch, "tree")
-    tiles, group = forward_tiles(HEAD_DIM, torch.bfloat16), heads // kv_heads
-    blocks = len(tree_arrays(folded, tiles, group, None)["blocks"])
+    q, k = (torch.empty(folded.num_rows, n, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for n in (heads, kv_heads))
+    mask = forward_mask(folded, q, k, None)
     return {
         "none": flash_work(unshared, heads, kv_heads, HEAD_DIM, None),
         "query_folded": flash_work(folded, heads, kv_heads, HEAD_DIM, None),
-        "tree": tree_work(folded.num_rows, blocks, tiles, kv_heads, group, HEAD_DIM),
+        "tree": tree_work(folded.num_rows, mask.pairs, mask.tiles, kv_heads, heads // kv_heads, HEAD_DIM),
     }
 
 

@@ -16,84 +16,59 @@ template <int HEAD_DIM> __device__ void clear_rest(const Memory<HEAD_DIM> &memor
     wait<0>();
 }
 
-// Of the keys of the at-th step, by LOADERS threads: where their subtrees end and, with a window, how deep they are.
-template <typename T, int HEAD_DIM>
-__device__ void load_numbers(const Memory<HEAD_DIM> &memory, uint32_t at, const Given<T> &given,
-                             const uint32_t (&first)[BLOCKS]) {
-    const uint32_t to = memory.base + memory.numbers(at);
-#pragma unroll
-    for (int i = 0; i < STEP / LOADERS; ++i) {
-        const uint32_t own = i * LOADERS + threadIdx.x % LOADERS, key = first[i * LOADERS / KEYS] + own % KEYS;
-        const bool valid = key < given.sizes.rows;
-        copy4(to + 4 * own, given.subtree_end + key, valid);
-        if (given.sizes.window) {
-            copy4(to + memory.DEPTHS + 4 * own, given.depth + key, valid);
+// The rows of a block to a stage, by LOADERS threads: all at once where they follow each other in the batch as well, else one
+// by one.
+template <int HEAD_DIM>
+__device__ void load_block(uint32_t to, const CUtensorMap &map, const CUtensorMap &one, const KeyBlock &block,
+                           const uint32_t *above, uint32_t kv_head, uint32_t barrier) {
+    const uint32_t lane = threadIdx.x % LOADERS;
+    if (block.shared() == 0) {
+        if (lane == 0) {
+            copy_columns<HEAD_DIM>(to, KEYS, map, kv_head, block.first, barrier);
         }
+        return;
+    }
+    for (uint32_t place = lane; place < KEYS; place += LOADERS) {
+        copy_columns<HEAD_DIM>(to + 128 * place, KEYS, one, kv_head, block.row(place, above), barrier);
     }
 }
 
-// Of keys, with the queries before, or of values. The first lane has the copy engine bring them. Copies arrive at their
-// barriers by themselves: nobody waits for them here.
+// Of keys, with the queries before, or of values.
 template <typename T, int HEAD_DIM, bool ARE_KEYS> __device__ void load(const Given<T> &given) {
     const Memory<HEAD_DIM> memory;
     const Ring<STAGES> ring = ARE_KEYS ? memory.k : memory.v;
-    const CUtensorMap &map = ARE_KEYS ? given.k : given.v;
-    const Sizes &sizes = given.sizes;
     const uint32_t lane = threadIdx.x % LOADERS;
     uint32_t at = 0;
     for_items(memory, given, [&](uint32_t turn, const Item &item) {
         const uint32_t kv_head = given.kv_head(item.number);
-        auto number = [&](uint32_t i) {
-            return i < item.full_count ? given.lists.full_blocks + item.full + i
-                                       : given.lists.partial_blocks + item.partial + i - item.full_count;
-        };
-        // The first keys of a step's blocks, behind all rows where there is no such block.
-        uint32_t first[BLOCKS];
-        auto find = [&](uint32_t i) {
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) {
-                const uint32_t at = BLOCKS * i + block;
-                first[block] = at < item.count ? KEYS * *number(at) : sizes.rows;
-            }
-        };
-        find(0);
         if (ARE_KEYS) {
             memory.q.await_empty(turn);
             if (lane == 0) {
-                const Tile tile(sizes, given.tile(item.number), kv_head);
-                arrive_expecting(memory.q.full(turn), TILE / sizes.group * sizes.group * HEAD_DIM * 2);
+                const Tile tile(given.sizes, given.tile(item.number), kv_head);
+                arrive_expecting(memory.q.full(turn), TILE / given.sizes.group * given.sizes.group * HEAD_DIM * 2);
                 copy_columns<HEAD_DIM>(memory.q.memory, TILE, given.q, tile.first_head, tile.first_row,
                                        memory.q.full(turn));
             }
         }
-        const uint32_t count = steps(item.count);
-        for (uint32_t i = 0; i < count; ++i, ++at) {
+        KeyBlock next = *given.block(item, 0);
+        for (uint32_t i = 0; i < item.count; ++i, ++at) {
+            const KeyBlock block = next;
+            // Before the wait for an empty stage, so that it is there after it.
+            if (i + 1 < item.count) {
+                next = *given.block(item, i + 1);
+            }
             ring.await_empty(at);
             if (lane == 0) {
+                if (ARE_KEYS) {
+                    *reinterpret_cast<KeyBlock *>(shared_memory() + memory.block(at)) = block;
+                }
                 arrive_expecting(ring.full(at), ring.bytes);
-#pragma unroll
-                for (int block = 0; block < BLOCKS; ++block) {
-                    copy_columns<HEAD_DIM>(ring.stage(at) + block * KEYS * 128, STEP, map, kv_head, first[block],
-                                           ring.full(at));
-                }
             }
-            if (ARE_KEYS) {
-                if (item.is_partial(i, sizes)) {
-                    load_numbers(memory, at, given, first);
-                    const uint32_t block = BLOCKS * i + lane;
-                    if (lane < BLOCKS) {
-                        const uint32_t to = memory.base + memory.numbers(at) + memory.NUMBERS_OF_BLOCKS + 4 * lane;
-                        copy4(to, number(block), block < item.count);
-                    }
-                }
-                arrive_copied(ring.full(at));
-            }
-            // Before the wait for an empty stage, so that they are there after it.
-            find(i + 1);
+            __syncwarp();
+            load_block<HEAD_DIM>(ring.stage(at), ARE_KEYS ? given.k : given.v, ARE_KEYS ? given.one_k : given.one_v,
+                                 block, given.lists.above, kv_head, ring.full(at));
         }
     });
-    // A thread must not end before its copies.
-    wait_for_all();
 }
 
 } // namespace

@@ -7,33 +7,29 @@
 
 namespace {
 
-// Two warpgroups compute; of a third, which must be whole to give up registers, a warp loads queries and keys, and one
+// Three warpgroups compute; of a fourth, which must be whole to give up registers, a warp loads queries and keys, and one
 // loads values.
-constexpr int CONSUMERS = 256, LOADERS = 32, HOPPER_THREADS = CONSUMERS + 128;
-// Key blocks that are computed together, and how many such steps are in shared memory at once.
-constexpr int BLOCKS = 2, STAGES = 2;
-constexpr int STEP = BLOCKS * KEYS;
+constexpr int CONSUMERS = 384, LOADERS = 32, HOPPER_THREADS = CONSUMERS + 128;
+// How many key blocks are in shared memory at once.
+constexpr int STAGES = 4;
 
 // A tile of a key head, where its lists begin, and how long the first and both are.
 struct Item {
-    uint32_t number, full, full_count, partial, count;
+    uint32_t number, partial, partial_count, full, count;
 
-    // Whether some of the tile's queries do not see some of step i's keys.
-    __device__ bool is_partial(uint32_t i, const Sizes &given) const {
-        return BLOCKS * i + BLOCKS > full_count || given.window;
-    }
+    // Whether some of the tile's queries do not see some of the i-th block's keys.
+    __device__ bool is_partial(uint32_t i, const Sizes &given) const { return i < partial_count || given.window; }
 };
 
 template <int HEAD_DIM> struct Memory {
-    static constexpr uint32_t TILE_BYTES = TILE * HEAD_DIM * 2, STAGE = STEP * HEAD_DIM * 2;
+    static constexpr uint32_t TILE_BYTES = TILE * HEAD_DIM * 2, STAGE = KEYS * HEAD_DIM * 2;
     static constexpr uint32_t Q = 0, OUT = Q + TILE_BYTES, K = OUT + TILE_BYTES, V = K + STAGES * STAGE;
-    // Of a step's keys the ends of their subtrees and their depths, then the numbers of its blocks.
-    static constexpr uint32_t NUMBERS = V + STAGES * STAGE, DEPTHS = 4 * STEP, NUMBERS_OF_BLOCKS = 8 * STEP;
-    static constexpr uint32_t NUMBERS_STAGE = NUMBERS_OF_BLOCKS + 16;
-    static constexpr uint32_t Q_BARRIERS = NUMBERS + STAGES * NUMBERS_STAGE, ITEM_BARRIERS = Q_BARRIERS + 16;
+    // What is known of the blocks.
+    static constexpr uint32_t BLOCKS = V + STAGES * STAGE;
+    static constexpr uint32_t Q_BARRIERS = BLOCKS + STAGES * sizeof(KeyBlock), ITEM_BARRIERS = Q_BARRIERS + 16;
     static constexpr uint32_t K_BARRIERS = ITEM_BARRIERS + 16, V_BARRIERS = K_BARRIERS + 16 * STAGES;
     static constexpr uint32_t ITEM = V_BARRIERS + 16 * STAGES, BYTES = ITEM + 32;
-    static_assert(BYTES == (2 * TILE + 8 * KEYS) * HEAD_DIM * 2 + 2208, "what src/cuda/attention.rs asks for");
+    static_assert(BYTES == (2 * TILE + 8 * KEYS) * HEAD_DIM * 2 + 256, "what src/cuda/attention.rs asks for");
 
     uint32_t base = shared_address(shared_memory());
     Ring<1> q{base + Q, base + Q_BARRIERS, TILE_BYTES}, item{base + ITEM, base + ITEM_BARRIERS, 0};
@@ -42,30 +38,30 @@ template <int HEAD_DIM> struct Memory {
     __device__ void make() const {
         q.make(1, CONSUMERS);
         item.make(1, CONSUMERS + 2 * LOADERS);
-        // Each lane has numbers of the keys to copy, one of them has all the keys.
-        k.make(LOADERS + 1, CONSUMERS);
+        k.make(1, CONSUMERS);
         v.make(1, CONSUMERS);
     }
-    static __device__ uint32_t numbers(uint32_t at) { return NUMBERS + at % STAGES * NUMBERS_STAGE; }
+    // Where it is, from the beginning on.
+    static __device__ uint32_t block(uint32_t at) { return BLOCKS + at % STAGES * sizeof(KeyBlock); }
     static __device__ volatile Item &announced() { return *reinterpret_cast<volatile Item *>(shared_memory() + ITEM); }
 
     // The item that the loader of keys has announced, the at-th.
     __device__ Item take(uint32_t at) const {
         item.await_full(at);
         const volatile Item &next = announced();
-        const Item taken = {next.number, next.full, next.full_count, next.partial, next.count};
+        const Item taken = {next.number, next.partial, next.partial_count, next.full, next.count};
         item.emptied(at);
         return taken;
     }
 };
 
-// What is the same for all roles. The maps' boxes have 64 columns of a tile's queries, of a block's keys or values. `next`
-// is how many items were asked for, beside the first of each block.
+// What is the same for all roles. The maps' boxes have 64 columns of a tile's queries, of a block's keys or values, of one
+// key or value. `next` is how many items were asked for, beside the first of each block.
 template <typename T> struct Given {
-    const CUtensorMap &q, &k, &v;
+    const CUtensorMap &q, &k, &v, &one_k, &one_v;
     T *out;
     float *lse;
-    const uint32_t *subtree_end, *depth;
+    const uint32_t *depth;
     Lists lists;
     uint32_t tiles, items;
     uint32_t *next;
@@ -80,14 +76,16 @@ template <typename T> struct Given {
         if (number >= items) {
             return {number, 0, 0, 0, 0};
         }
-        const uint32_t at = tile(number), full = lists.full[at], partial = lists.partial[at];
-        const uint32_t full_count = lists.full[at + 1] - full;
-        return {number, full, full_count, partial, full_count + lists.partial[at + 1] - partial};
+        const uint32_t at = tile(number), partial = lists.partial[at], full = lists.full[at];
+        const uint32_t partial_count = lists.partial[at + 1] - partial;
+        return {number, partial, partial_count, full, partial_count + lists.full[at + 1] - full};
+    }
+    __device__ const KeyBlock *block(const Item &item, uint32_t i) const {
+        const uint32_t *number = i < item.partial_count ? lists.partial_blocks + item.partial + i
+                                                        : lists.full_blocks + item.full + i - item.partial_count;
+        return lists.blocks + *number;
     }
 };
-
-// At least one, without keys where nothing is listed: then the output is zeros.
-__device__ uint32_t steps(uint32_t blocks) { return blocks > BLOCKS ? (blocks + BLOCKS - 1) / BLOCKS : 1; }
 
 // Calls work(at, item) for each item of this block. One thread asks for the next while the block computes this one.
 template <int HEAD_DIM, typename T, typename W>
@@ -104,8 +102,8 @@ __device__ void for_items(const Memory<HEAD_DIM> &memory, const Given<T> &given,
             const Item announced = given.item(next);
             memory.item.await_empty(at);
             volatile Item &to = memory.announced();
-            to.number = announced.number, to.full = announced.full, to.full_count = announced.full_count;
-            to.partial = announced.partial, to.count = announced.count;
+            to.number = announced.number, to.partial = announced.partial, to.partial_count = announced.partial_count;
+            to.full = announced.full, to.count = announced.count;
             arrive(memory.item.full(at));
         }
         item = memory.take(at);

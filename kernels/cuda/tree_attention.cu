@@ -1,6 +1,6 @@
 // Tree attention for GPUs of compute capability 8.0 and later: see tree_attention.cuh.
 //
-// Each of four warps has 32 of the tile's queries, as two tiles of the tensor cores' m16n8k16. Keys of the next block come
+// Each of six warps has 32 of the tile's queries, as two tiles of the tensor cores' m16n8k16. Keys of the next block come
 // while the softmax of this one is computed, values while its scores are.
 
 #include <launch.cuh>
@@ -8,22 +8,23 @@
 
 namespace {
 
-constexpr int AMPERE_THREADS = 128;
+constexpr int AMPERE_THREADS = 192;
 // Tiles of the tensor cores that a warp has.
 constexpr int PARTS = 2;
 
 // Those of one tile.
 struct Blocks {
-    const uint32_t *full, *partial;
-    uint32_t full_count, count;
+    const KeyBlock *blocks;
+    const uint32_t *above, *partial, *full;
+    uint32_t partial_count, count;
 
     __device__ Blocks(const Lists &lists, uint32_t tile)
-        : full(lists.full_blocks + lists.full[tile]), partial(lists.partial_blocks + lists.partial[tile]),
-          full_count(lists.full[tile + 1] - lists.full[tile]),
-          count(full_count + lists.partial[tile + 1] - lists.partial[tile]) {}
+        : blocks(lists.blocks), above(lists.above), partial(lists.partial_blocks + lists.partial[tile]),
+          full(lists.full_blocks + lists.full[tile]), partial_count(lists.partial[tile + 1] - lists.partial[tile]),
+          count(partial_count + lists.full[tile + 1] - lists.full[tile]) {}
 
-    __device__ uint32_t first_key(uint32_t i) const {
-        return KEYS * (i < full_count ? full[i] : partial[i - full_count]);
+    __device__ KeyBlock at(uint32_t i) const {
+        return blocks[i < partial_count ? partial[i] : full[i - partial_count]];
     }
 };
 
@@ -38,49 +39,36 @@ __device__ void load_queries(uint32_t to, const T *q, const Tile &tile, const Si
     }
 }
 
-// KEYS rows of keys or values.
+// A block's keys or values.
 template <typename T, int HEAD_DIM>
-__device__ void load_keys(uint32_t to, const T *from, int64_t stride, uint32_t first, uint32_t rows) {
+__device__ void load_keys(uint32_t to, const T *from, int64_t stride, const KeyBlock &block, const uint32_t *above,
+                          uint32_t rows) {
     constexpr int CHUNKS = HEAD_DIM / 8;
-#pragma unroll
-    for (int i = 0; i < KEYS * CHUNKS / AMPERE_THREADS; ++i) {
-        const uint32_t at = i * AMPERE_THREADS + threadIdx.x;
-        const uint32_t row = at / CHUNKS, chunk = at % CHUNKS;
-        const bool valid = first + row < rows;
-        const T *source = from + (valid ? int64_t(first + row) * stride : 0) + 8 * chunk;
-        copy16(address<KEYS>(to, row, chunk), source, valid);
+    for (int at = threadIdx.x; at < KEYS * CHUNKS; at += AMPERE_THREADS) {
+        const uint32_t place = at / CHUNKS, chunk = at % CHUNKS, row = block.row(place, above);
+        const bool valid = row < rows;
+        const T *source = from + (valid ? int64_t(row) * stride : 0) + 8 * chunk;
+        copy16(address<KEYS>(to, place, chunk), source, valid);
     }
 }
 
-// Of keys from `first` on.
 template <typename Q>
-__device__ void mask(float (&scores)[PARTS][KEYS / 8][4], const Q &own, uint32_t first, const uint32_t *subtree_end,
-                     const uint32_t *depth, const Sizes &given) {
+__device__ void hide(float (&scores)[PARTS][KEYS / 8][4], const Q &own, const KeyBlock &block, const Sizes &given) {
+    int passed[PARTS][2], seen[PARTS][2];
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) {
+    for (int m = 0; m < PARTS; ++m) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const uint32_t key = first + 8 * n + threadIdx.x % 4 * 2 + j;
-            const uint32_t end = key < given.rows ? __ldg(subtree_end + key) : 0;
-            const uint32_t key_depth = given.window && key < given.rows ? __ldg(depth + key) : 0;
-#pragma unroll
-            for (int m = 0; m < PARTS; ++m) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const uint32_t row = own.query[m][half];
-                    const bool near = !given.window || own.query_depth[m][half] - key_depth < given.window;
-                    if (!(key <= row && row < end && near)) {
-                        scores[m][n][2 * half + j] = -INFINITY;
-                    }
-                }
-            }
+        for (int half = 0; half < 2; ++half) {
+            seen[m][half] = block.seen(own.query[m][half]);
+            passed[m][half] = given.window ? block.passed(own.query_depth[m][half], given.window) : 0;
         }
     }
+    own.hide(scores, passed, seen);
 }
 
 template <typename T, int HEAD_DIM>
-__device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,
-                       const uint32_t *depth, const Tile &tile, const Blocks &blocks, const Sizes &given) {
+__device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *depth, const Tile &tile,
+                       const Blocks &blocks, const Sizes &given) {
     const uint32_t q_memory = shared_address(shared_memory());
     const uint32_t k_memory = q_memory + TILE * HEAD_DIM * 2;
     const uint32_t v_memory = k_memory + KEYS * HEAD_DIM * 2;
@@ -88,16 +76,14 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
 
     load_queries<T, HEAD_DIM>(q_memory, q, tile, given);
     Queries<T, HEAD_DIM, PARTS, KEYS> own(tile, depth, given);
-    uint32_t next = blocks.count ? blocks.first_key(0) : 0;
-    if (blocks.count) {
-        load_keys<T, HEAD_DIM>(k_memory, k, given.k_row, next, given.rows);
-    }
+    KeyBlock next = blocks.at(0);
+    load_keys<T, HEAD_DIM>(k_memory, k, given.k_row, next, blocks.above, given.rows);
     commit();
     for (uint32_t i = 0; i < blocks.count; ++i) {
-        const uint32_t first = next;
+        const KeyBlock block = next;
         wait<0>();
         __syncthreads();
-        load_keys<T, HEAD_DIM>(v_memory, v, given.v_row, first, given.rows);
+        load_keys<T, HEAD_DIM>(v_memory, v, given.v_row, block, blocks.above, given.rows);
         commit();
 
         float scores[PARTS][KEYS / 8][4] = {};
@@ -125,15 +111,15 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
         wait<0>();
         __syncthreads();
         if (i + 1 < blocks.count) {
-            next = blocks.first_key(i + 1);
-            load_keys<T, HEAD_DIM>(k_memory, k, given.k_row, next, given.rows);
+            next = blocks.at(i + 1);
+            load_keys<T, HEAD_DIM>(k_memory, k, given.k_row, next, blocks.above, given.rows);
         }
         commit();
         if (given.softcap > 0) {
             own.cap(scores, given);
         }
-        if (i >= blocks.full_count || given.window) {
-            mask(scores, own, first, subtree_end, depth, given);
+        if (i < blocks.partial_count || given.window) {
+            hide(scores, own, block, given);
         }
         float factor[PARTS][2];
         own.weigh(scores, factor);
@@ -167,15 +153,13 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
 
 // The kernel NAME. `lse` is null where nobody wants it, `depth` [rows] where there is no window.
 #define TREE_ATTENTION(NAME, T, HEAD_DIM)                                                                            \
-    extern "C" __global__ void __launch_bounds__(AMPERE_THREADS, 2)                                                  \
-        NAME(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *subtree_end,                    \
-             const uint32_t *depth, const uint32_t *full, const uint32_t *full_blocks, const uint32_t *partial,      \
-             const uint32_t *partial_blocks, const __grid_constant__ Sizes given) {                                  \
+    extern "C" __global__ void __launch_bounds__(AMPERE_THREADS, 1)                                                  \
+        NAME(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *depth,                          \
+             const __grid_constant__ Lists lists, const __grid_constant__ Sizes given) {                             \
         await_previous();                                                                                            \
-        const Lists lists = {full, full_blocks, partial, partial_blocks};                                            \
         /* The last tiles have the longest lists: they come first. */                                                \
         const uint32_t tile = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y;                                      \
-        ampere<T, HEAD_DIM>(q, k + kv_head * given.k_head, v + kv_head * given.v_head, out, lse, subtree_end, depth, \
+        ampere<T, HEAD_DIM>(q, k + kv_head * given.k_head, v + kv_head * given.v_head, out, lse, depth,              \
                             Tile(given, tile, kv_head), Blocks(lists, tile), given);                                 \
     }
 

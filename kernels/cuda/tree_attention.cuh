@@ -1,6 +1,10 @@
 // Attention over a batch that is folded onto its prefix trie, in depth-first order: FlashAttention-2 (arXiv 2307.08691,
-// algorithm 1) over lists of key blocks. Query row q sees key row k if and only if k <= q < subtree_end[k] and, with a
-// window, depth[q] - depth[k] < window.
+// algorithm 1) over lists of key blocks. A row sees the rows above it in the trie and itself and, with a window, only the
+// last `window` of these.
+//
+// A key block has KEYS rows that follow each other on a path, from a multiple of KEYS below its root on. What a row gets is
+// summed over the blocks of its path, from the last to the first, wherever in the batch it lies: in the order, and with the
+// roundings, of the FlashAttention-2 of PyTorch for heads of 128 over that path alone, so that bits are the same.
 //
 // A block of threads computes a tile of TILE queries: all query heads of one key head for TILE / group rows, so that a key
 // or value is read once for the whole group. This is what the kernels for all GPUs and for Hopper have in common: how a
@@ -13,9 +17,10 @@
 
 namespace {
 
-constexpr int TILE = 128;
+constexpr int TILE = 192;
 constexpr int KEYS = 64;
-constexpr float LOG2_E = 1.4426950408889634f;
+constexpr double EXACT_LOG2_E = 1.4426950408889634;
+constexpr float LOG2_E = float(EXACT_LOG2_E);
 
 // What src/tree_attention.rs calls by the same name. Strides are elements from row to row and from head to head; the
 // output is contiguous. `window` and `softcap` are 0 where there is none.
@@ -25,9 +30,33 @@ struct Sizes {
     float scale, softcap;
 };
 
-// Key blocks for each tile, those seen whole and those seen in part: lists between [tiles + 1] offsets.
+// KEYS rows of a path: `shared` of them, listed from `above` on, and then rows `first` and the next. It is the path of rows
+// `first` to `end`, which see its keys up to themselves. `depth` rows are above the row `first`.
+struct alignas(16) KeyBlock {
+    uint32_t first, end, depth, above;
+
+    __device__ uint32_t shared() const { return depth % KEYS; }
+
+    // Of the key at `place`.
+    __device__ uint32_t row(uint32_t place, const uint32_t *rows_above) const {
+        return place < shared() ? rows_above[above + place] : first + place - shared();
+    }
+    // How many of the keys `row` sees.
+    __device__ int seen(uint32_t row) const {
+        return row < first || row >= end ? 0 : min(row - first + shared() + 1, uint32_t(KEYS));
+    }
+    // How many come before the window of a row at `row_depth`.
+    __device__ int passed(uint32_t row_depth, uint32_t window) const {
+        const uint32_t nearest = row_depth < window ? 0 : row_depth - window + 1;
+        return max(int(nearest) - int(depth - shared()), 0);
+    }
+};
+
+// Key blocks, the rows above that they list, and which of them each tile sees, from those of the deepest rows on: those that
+// some of its queries see in part, then those that all see whole, lists between [tiles + 1] offsets.
 struct Lists {
-    const uint32_t *full, *full_blocks, *partial, *partial_blocks;
+    const KeyBlock *blocks;
+    const uint32_t *above, *partial, *partial_blocks, *full, *full_blocks;
 };
 
 // The queries of one tile: entry e is head e % group, of those of the key head, of row e / group.
@@ -73,8 +102,8 @@ __device__ float maximum_of_quad(float x) {
 }
 
 __device__ float sum_of_quad(float x) {
-    x += __shfl_xor_sync(0xffffffff, x, 1);
-    return x + __shfl_xor_sync(0xffffffff, x, 2);
+    x += __shfl_xor_sync(0xffffffff, x, 2);
+    return x + __shfl_xor_sync(0xffffffff, x, 1);
 }
 
 // A thread's part of 16 * PARTS queries of its warp and of WIDTH keys at a time: in each of the PARTS tiles of the
@@ -84,8 +113,7 @@ template <typename T, int HEAD_DIM, int PARTS, int WIDTH> struct Queries {
 
     uint32_t query[PARTS][2], query_depth[PARTS][2];
     float peak[PARTS][2], total[PARTS][2], acc[PARTS][HEAD_DIM / 8][4];
-    // Scores are kept as the products are: this brings them to the base of exp2, in the same instruction as the difference
-    // from the peak. Capped scores are brought there by the cap.
+    // Brings scores to the base of exp2. They are kept as the products are; capped ones are brought there by the cap.
     float unit;
 
     static __device__ uint32_t entry(int part, int half) {
@@ -93,7 +121,7 @@ template <typename T, int HEAD_DIM, int PARTS, int WIDTH> struct Queries {
     }
 
     __device__ Queries(const Tile &tile, const uint32_t *depth, const Sizes &given) : acc{} {
-        unit = given.softcap > 0 ? 1 : given.scale * LOG2_E;
+        unit = given.softcap > 0 ? 1 : float(given.scale * EXACT_LOG2_E);
 #pragma unroll
         for (int m = 0; m < PARTS; ++m) {
 #pragma unroll
@@ -122,40 +150,63 @@ template <typename T, int HEAD_DIM, int PARTS, int WIDTH> struct Queries {
         }
     }
 
-    // From scores to weights; what there is so far has to be brought to the new peak by `factor`.
+    // All but the keys that each query sees, from `passed` to `seen`.
+    __device__ void hide(Scores &scores, const int (&passed)[PARTS][2], const int (&seen)[PARTS][2]) const {
+#pragma unroll
+        for (int m = 0; m < PARTS; ++m) {
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int key = 8 * n + threadIdx.x % 4 * 2 + i % 2;
+                    if (key < passed[m][i / 2] || key >= seen[m][i / 2]) {
+                        scores[m][n][i] = -INFINITY;
+                    }
+                }
+            }
+        }
+    }
+
+    // From scores to weights; what there is so far has to be brought to the new peak by `factor`. Where products and sums
+    // are rounded apart and where not, and which comes first, is as in PyTorch.
     __device__ void weigh(Scores &scores, float (&factor)[PARTS][2]) {
 #pragma unroll
         for (int m = 0; m < PARTS; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float highest = peak[m][half];
+                float highest = peak[m][half], other = -INFINITY;
 #pragma unroll
                 for (int n = 0; n < WIDTH / 8; ++n) {
-                    highest = fmaxf(highest, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+                    highest = fmaxf(highest, scores[m][n][2 * half]);
+                    other = fmaxf(other, scores[m][n][2 * half + 1]);
                 }
-                highest = maximum_of_quad(highest);
+                highest = maximum_of_quad(fmaxf(highest, other));
                 // A query that has seen nothing yet has no difference to take.
-                const float shift = highest == -INFINITY ? 0 : highest * unit;
-                factor[m][half] = power_of_two(peak[m][half] * unit - shift);
+                const float base = highest == -INFINITY ? 0 : highest, shift = __fmul_rn(base, unit);
+                factor[m][half] = power_of_two(__fmul_rn(peak[m][half] - base, unit));
                 peak[m][half] = highest;
-                float sum = 0;
+                float sum = total[m][half];
 #pragma unroll
                 for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float &score = scores[m][n][2 * half + j];
-                        score = power_of_two(score * unit - shift);
-                        sum += score;
+                        score = power_of_two(__fmul_rn(score, unit) - shift);
+                        sum = n + j ? sum + score : fmaf(sum, factor[m][half], score);
                     }
                 }
-                total[m][half] = total[m][half] * factor[m][half] + sum;
+                total[m][half] = sum;
             }
         }
     }
 
+    // A factor of 1 changes nothing, and most are: peaks are found early.
     __device__ void rescale(const float (&factor)[PARTS][2]) {
 #pragma unroll
         for (int m = 0; m < PARTS; ++m) {
+            if (!__any_sync(0xffffffff, factor[m][0] != 1 || factor[m][1] != 1)) {
+                continue;
+            }
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
 #pragma unroll

@@ -2,9 +2,9 @@
 // the manner of FlashAttention-3 (arXiv 2407.08608): see tree_attention.cuh.
 //
 // A block stays on its multiprocessor and computes one item, a tile of a key head, after the other. Two of its warps have
-// the copy engine load, ahead of those that compute, and leave most registers to them. Each of two warpgroups has 64 of
-// the tile's queries. While it computes the softmax of one step of keys, the tensor cores have its products of the step
-// before with the values, or the other warpgroup's products.
+// the copy engine load, ahead of those that compute, and leave most registers to them. Each of three warpgroups has 64 of
+// the tile's queries. While it computes the softmax of one key block, the tensor cores have its products of the block
+// before with the values, or other warpgroups' products.
 #pragma once
 
 #include <hopper_load.cuh>
@@ -13,68 +13,26 @@
 
 namespace {
 
-// The kernel begins with 168 registers a thread; all together these are as many.
-constexpr int CONSUMER_REGISTERS = 232, LOADER_REGISTERS = 40;
-
-// For which of a step's keys the scores of a thread's two queries do not count: key 8 * n + lane % 4 * 2 + j is bit
-// 2 * n + j.
-using Hidden = uint32_t[1][2];
-
-// Of block `block` of a step, whose first key is `first`; its keys' `ends` of subtrees and `depths` are in shared
-// memory.
-template <typename Q>
-__device__ void hide(Hidden &hidden, const Q &own, int block, uint32_t first, const uint8_t *ends,
-                     const uint8_t *depths, const Sizes &given) {
-#pragma unroll 4
-    for (int n = 0; n < KEYS / 8; ++n) {
-        const uint32_t at = 4 * n + threadIdx.x % 4;
-        const uint2 pair = reinterpret_cast<const uint2 *>(ends)[at];
-        const uint2 pair_depths = given.window ? reinterpret_cast<const uint2 *>(depths)[at] : uint2{0, 0};
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const uint32_t key = first + 8 * n + threadIdx.x % 4 * 2 + j;
-            const uint32_t end = j ? pair.y : pair.x, key_depth = j ? pair_depths.y : pair_depths.x;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t row = own.query[0][half];
-                const bool near = !given.window || own.query_depth[0][half] - key_depth < given.window;
-                const bool seen = key <= row && row < end && near;
-                hidden[0][half] |= uint32_t(!seen) << (KEYS / 4 * block + 2 * n + j);
-            }
-        }
-    }
-}
-
-__device__ void mask(float (&scores)[STEP / 8][4], const Hidden &hidden) {
-#pragma unroll
-    for (int n = 0; n < STEP / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (hidden[0][i / 2] >> (2 * n + i % 2) & 1) {
-                scores[n][i] = -INFINITY;
-            }
-        }
-    }
-}
+// The kernel begins with 128 registers a thread; all together these are as many.
+constexpr int CONSUMER_REGISTERS = 160, LOADER_REGISTERS = 32;
 
 template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &given) {
-    using Own = Queries<T, HEAD_DIM, 1, STEP>;
+    using Own = Queries<T, HEAD_DIM, 1, KEYS>;
     const Memory<HEAD_DIM> memory;
     const Sizes &sizes = given.sizes;
-    const uint32_t warpgroup = threadIdx.x / 128;
-    const uint32_t own_q = memory.q.memory + warpgroup * 64 * 128;
+    const uint32_t own_q = memory.q.memory + warpgroup() * 64 * 128;
     uint32_t at = 0;
     for_items(memory, given, [&](uint32_t turn, const Item &item) {
         const Tile tile(sizes, given.tile(item.number), given.kv_head(item.number));
-        const uint32_t count = steps(item.count);
+        const uint32_t count = same_for_warp(item.count);
         Own own(tile, given.depth, sizes);
-        uint32_t weights[STEP / 16][4];
+        uint32_t weights[KEYS / 16][4];
         float factor[1][2];
-        Hidden hidden;
+        int passed[1][2], seen[1][2];
         typename Own::Scores scores;
 
         auto begin_scores = [&](uint32_t i) {
-            multiply_panels<T, HEAD_DIM, TILE, STEP>(scores[0], own_q, memory.k.stage(at + i));
+            multiply_panels<T, HEAD_DIM, TILE, KEYS>(scores[0], own_q, memory.k.stage(at + i));
             commit_products();
         };
         auto begin_values = [&](uint32_t i) {
@@ -84,12 +42,11 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
         // While the scores are under way.
         auto prepare = [&](uint32_t i) {
             if (item.is_partial(i, sizes)) {
-                hidden[0][0] = hidden[0][1] = 0;
-                for (int block = 0; block < BLOCKS; ++block) {
-                    const uint8_t *numbers = shared_memory() + memory.numbers(at + i);
-                    const uint8_t *blocks = numbers + memory.NUMBERS_OF_BLOCKS, *ends = numbers + 4 * KEYS * block;
-                    const uint32_t first = KEYS * reinterpret_cast<const uint32_t *>(blocks)[block];
-                    hide(hidden, own, block, first, ends, ends + memory.DEPTHS, sizes);
+                const KeyBlock block = *reinterpret_cast<const KeyBlock *>(shared_memory() + memory.block(at + i));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    seen[0][half] = block.seen(own.query[0][half]);
+                    passed[0][half] = sizes.window ? block.passed(own.query_depth[0][half], sizes.window) : 0;
                 }
             }
         };
@@ -102,7 +59,7 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
                 own.cap(scores, sizes);
             }
             if (item.is_partial(i, sizes)) {
-                mask(scores[0], hidden);
+                own.hide(scores, passed, seen);
             }
             own.weigh(scores, factor);
             // Before the next wait, not after it.
@@ -111,7 +68,7 @@ template <typename T, int HEAD_DIM> __device__ void compute(const Given<T> &give
         };
         auto pack = [&] {
 #pragma unroll
-            for (int step = 0; step < STEP / 16; ++step) {
+            for (int step = 0; step < KEYS / 16; ++step) {
                 own.pack(scores[0], step, weights[step]);
             }
         };
@@ -191,10 +148,9 @@ template <typename T, int HEAD_DIM> __device__ void attend(const Given<T> &given
 #define TREE_ATTENTION_HOPPER(NAME, T, HEAD_DIM)                                                                     \
     extern "C" __global__ void __launch_bounds__(HOPPER_THREADS, 1)                                                  \
         NAME(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,                           \
-             const __grid_constant__ CUtensorMap v, T *out, float *lse, const uint32_t *subtree_end,                 \
-             const uint32_t *depth, const uint32_t *full, const uint32_t *full_blocks, const uint32_t *partial,      \
-             const uint32_t *partial_blocks, const __grid_constant__ Sizes given, uint32_t tiles, uint32_t items,    \
-             uint32_t *next) {                                                                                       \
-        const Lists lists = {full, full_blocks, partial, partial_blocks};                                            \
-        attend<T, HEAD_DIM>({q, k, v, out, lse, subtree_end, depth, lists, tiles, items, next, given});              \
+             const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap one_k,                       \
+             const __grid_constant__ CUtensorMap one_v, T *out, float *lse, const uint32_t *depth,                   \
+             const __grid_constant__ Lists lists, const __grid_constant__ Sizes given, uint32_t tiles,               \
+             uint32_t items, uint32_t *next) {                                                                       \
+        attend<T, HEAD_DIM>({q, k, v, one_k, one_v, out, lse, depth, lists, tiles, items, next, given});             \
     }

@@ -6,8 +6,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// The number of this thread's warpgroup, which the compiler sees to be the same for its warp.
-__device__ inline uint32_t warpgroup() { return __shfl_sync(0xffffffff, threadIdx.x / 128, 0); }
+// What is the same for all threads of a warp, so that the compiler sees it to be.
+__device__ inline uint32_t same_for_warp(uint32_t x) { return __shfl_sync(0xffffffff, x, 0); }
+
+// The number of this thread's warpgroup.
+__device__ inline uint32_t warpgroup() { return same_for_warp(threadIdx.x / 128); }
 
 // What this thread has written to shared memory is there for the tensor cores and the copy engine after the next barrier.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -61,6 +64,11 @@ template <int N> __device__ void settle(uint32_t (&a)[N][4]) {
 __device__ inline uint64_t descriptor(uint32_t address, uint32_t panel) {
     constexpr uint64_t SWIZZLE_128 = 1, EIGHT_ROWS = 8 * 128;
     return SWIZZLE_128 << 62 | EIGHT_ROWS >> 4 << 32 | uint64_t(panel >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+
+// The matrix that is `bytes` further on, without a carry.
+__device__ inline uint64_t further(uint64_t descriptor, uint32_t bytes) {
+    return descriptor >> 32 << 32 | (uint32_t(descriptor) + (bytes >> 4));
 }
 
 #define FOUR(WHAT, c, i) WHAT(c[i][0]), WHAT(c[i][1]), WHAT(c[i][2]), WHAT(c[i][3])

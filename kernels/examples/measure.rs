@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use radix_mlp::{Fold, Layout};
 use radix_mlp_kernels::{
-    Ids, KEY_BLOCK, Lists, TreeMask, cuda_device, index_select, query_block, tree_attention,
+    Ids, KEY_BLOCK, Lists, PathLists, TreeMask, cuda_device, index_select, query_block,
+    tree_attention,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -87,13 +88,7 @@ fn answer(request: Request, batches: &HashMap<String, Batch>, device: &Device) -
             let batch = batches.get(&batch).ok_or("unknown batch")?;
             let fold = fold(batch, level == "none")?;
             let group = heads / kv_heads;
-            let subtree_end = fold.subtree_end().ok_or("not in depth-first layout")?;
-            let blocks = fold.block_mask(query_block(group), KEY_BLOCK)?;
-            let lists = [blocks.full(), blocks.partial()].map(|lists| Lists {
-                offsets: &lists.offsets,
-                blocks: &lists.indices,
-            });
-            let mask = TreeMask::new(subtree_end, lists, group, None, device)?;
+            let mask = mask(&fold, group, device)?;
             let random = |heads| {
                 let shape = (fold.num_rows(), heads, head_dim);
                 Tensor::randn(0_f32, 1_f32, shape, device)?.to_dtype(DType::BF16)
@@ -105,6 +100,22 @@ fn answer(request: Request, batches: &HashMap<String, Batch>, device: &Device) -
             })
         }
     }
+}
+
+fn mask(fold: &Fold, group: usize, device: &Device) -> Outcome<TreeMask> {
+    let mask = fold.path_mask(query_block(group), KEY_BLOCK, None)?;
+    let [partial, full] = [mask.partial(), mask.full()].map(|lists| Lists {
+        offsets: &lists.offsets,
+        blocks: &lists.indices,
+    });
+    let paths = PathLists {
+        depth: mask.depth(),
+        blocks: mask.blocks(),
+        above: mask.above(),
+        partial,
+        full,
+    };
+    Ok(TreeMask::new(paths, group, None, device)?)
 }
 
 /// Milliseconds of a call: of the second and as many after it as take long enough.

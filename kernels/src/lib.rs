@@ -24,5 +24,5 @@ pub use ids::Ids;
 pub use layer::{add_rms_norm, norm_rope, rotary_angles, swiglu};
 pub use rows::{gather, index_select};
 pub use tree_attention::{
-    KEY_BLOCK, Lists, TreeMask, query_block, tree_attention, tree_attention_with_lse,
+    KEY_BLOCK, Lists, PathLists, TreeMask, query_block, tree_attention, tree_attention_with_lse,
 };

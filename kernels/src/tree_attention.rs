@@ -8,8 +8,8 @@ use crate::KernelError;
 use crate::rows::same_device;
 
 /// Queries that a kernel computes together: rows times the query heads of one key head.
-pub const TILE: usize = 128;
-/// Rows in a key block.
+pub const TILE: usize = 192;
+/// Keys in a key block.
 pub const KEY_BLOCK: usize = 64;
 
 /// Rows in a query block, where `group` query heads share a key head.
@@ -17,8 +17,7 @@ pub fn query_block(group: usize) -> usize {
     TILE / group.clamp(1, TILE)
 }
 
-/// Key blocks for each query block, for blocks of [`query_block`] by [`KEY_BLOCK`] rows: list `b` is
-/// `blocks[offsets[b]..offsets[b + 1]]`. What `radix_mlp::BlockMask` has.
+/// Key blocks for each query block of [`query_block`] rows: list `b` is `blocks[offsets[b]..offsets[b + 1]]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Lists<'a> {
     /// \[query blocks + 1\].
@@ -27,22 +26,124 @@ pub struct Lists<'a> {
     pub blocks: &'a [u32],
 }
 
+/// Which keys rows see, in blocks of [`KEY_BLOCK`] keys that follow each other on a path: what `radix_mlp::PathMask` has.
+///
+/// What a row gets is summed over the blocks in the order in which they are listed, those of `partial` first.
+#[derive(Clone, Copy, Debug)]
+pub struct PathLists<'a> {
+    /// How many rows are above each, \[rows\].
+    pub depth: &'a [u32],
+    /// Each block is `[first, end, depth, above]`. Its keys are `depth % KEY_BLOCK` rows above the row `first`, which are
+    /// listed from `above[above]` on, and then `first` and the rows after it. Rows `first..end` see them up to themselves.
+    pub blocks: &'a [[u32; 4]],
+    /// Rows above those at which blocks begin.
+    pub above: &'a [u32],
+    /// The blocks of which some row of a query block does not see some key.
+    pub partial: Lists<'a>,
+    /// The blocks all of whose keys each of a query block's rows sees, but for the window.
+    pub full: Lists<'a>,
+}
+
+impl PathLists<'_> {
+    /// That whoever follows the lists finds all that they name.
+    fn check(&self, group: usize, window: Option<u32>) -> Result<(), KernelError> {
+        if group == 0 || group > TILE {
+            return refuse(format!("group must be in 1..={TILE}, got {group}"));
+        }
+        if window == Some(0) {
+            return refuse("a window must have rows, got 0".to_owned());
+        }
+        self.check_blocks()?;
+        let tiles = self.depth.len().div_ceil(query_block(group));
+        for (name, lists) in [("partial", self.partial), ("full", self.full)] {
+            lists.check(name, tiles, self.blocks.len())?;
+        }
+        let (partial, full) = (self.partial.offsets, self.full.offsets);
+        if let Some(tile) =
+            (0..tiles).find(|&at| partial[at] == partial[at + 1] && full[at] == full[at + 1])
+        {
+            return refuse(format!("query block {tile} lists no key block"));
+        }
+        let listed = self.partial.blocks.len() + self.full.blocks.len();
+        if u32::try_from(listed).is_err() {
+            return refuse(format!("the lists have {listed} blocks, too many"));
+        }
+        Ok(())
+    }
+
+    fn check_blocks(&self) -> Result<(), KernelError> {
+        let (rows, listed) = (self.depth.len(), self.above.len());
+        if let Some(at) = self.above.iter().position(|&row| row as usize >= rows) {
+            return refuse(format!("above[{at}] is row {}, of {rows}", self.above[at]));
+        }
+        for (at, block) in self.blocks.iter().enumerate() {
+            let [first, end, depth, above] = block.map(|number| number as usize);
+            if first >= end || end > rows {
+                return refuse(format!("blocks[{at}] is of rows {first}..{end}, of {rows}"));
+            }
+            if depth >= rows {
+                return refuse(format!("blocks[{at}] is below {depth} rows, of {rows}"));
+            }
+            let end = above + depth % KEY_BLOCK;
+            if end > listed {
+                return refuse(format!(
+                    "blocks[{at}] has above[{above}..{end}], of {listed}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Lists<'_> {
+    /// That these are `tiles` lists of numbers below `blocks`.
+    fn check(&self, name: &str, tiles: usize, blocks: usize) -> Result<(), KernelError> {
+        let Self {
+            offsets,
+            blocks: listed,
+        } = self;
+        let ends = (offsets.first().copied(), offsets.last().copied());
+        if offsets.len() != tiles + 1 || ends != (Some(0), Some(listed.len())) {
+            let (lists, count) = (offsets.len().saturating_sub(1), listed.len());
+            return refuse(format!(
+                "{name} must be {tiles} lists of {count} blocks, got {lists} with ends {ends:?}"
+            ));
+        }
+        if let Some(ends) = offsets.windows(2).find(|ends| ends[0] > ends[1]) {
+            let (from, to) = (ends[0], ends[1]);
+            return refuse(format!("{name}'s offsets go from {from} to {to}"));
+        }
+        match listed.iter().position(|&block| block as usize >= blocks) {
+            Some(at) => refuse(format!("{name}[{at}] is block {}, of {blocks}", listed[at])),
+            None => Ok(()),
+        }
+    }
+
+    /// The offsets, as the kernels read them, once they have been checked.
+    fn offsets(&self) -> Vec<u32> {
+        self.offsets.iter().map(|&offset| offset as u32).collect()
+    }
+}
+
+fn refuse(message: String) -> Result<(), KernelError> {
+    Err(KernelError::Mask(message))
+}
+
 /// Launches of a kernel that find a counter in their mask: more than a model has layers.
 const COUNTERS: usize = 128;
 
-/// What attention needs to know of a batch: row q sees row k if and only if `k <= q < subtree_end[k]` and, with a window,
-/// `depth[q] - depth[k] < window`.
+/// What attention needs to know of a batch: a row sees the rows above it and itself and, with a window, only the last so
+/// many of these.
 #[derive(Clone, Debug)]
 pub struct TreeMask {
     pub(crate) rows: usize,
     pub(crate) group: usize,
     pub(crate) window: Option<u32>,
     /// \[rows\], u32.
-    pub(crate) subtree_end: Tensor,
-    /// \[rows\], u32; read with a window only.
     pub(crate) depth: Tensor,
-    /// Offsets and blocks of the lists of blocks that are seen whole, then in part, u32.
-    pub(crate) lists: [Tensor; 4],
+    /// What the kernels call `Lists`, in that order, u32: the blocks' numbers, of which the first lies at a multiple of
+    /// 16 bytes, the rows above, offsets and blocks of the partial lists and of the full ones.
+    pub(crate) lists: [Tensor; 6],
     counters: Counters,
 }
 
@@ -55,71 +156,64 @@ struct Counters {
 }
 
 impl TreeMask {
-    /// A mask on `device` for `group` query heads to a key head, from a fold in depth-first layout: its `subtree_end`
-    /// \[rows\], the lists of blocks all of whose keys each of a query block's rows sees, the lists of those of which some
-    /// row sees some key and, with a window, its size and the depths of the rows \[rows\].
+    /// A mask on `device` for `group` query heads to a key head, from what `radix_mlp::Fold::path_mask` says of a fold in
+    /// blocks of [`query_block`] rows and [`KEY_BLOCK`] keys for the same window, which counts a row itself.
     ///
     /// # Errors
     ///
-    /// [`KernelError::Mask`] for what are not lists of the blocks of so many rows.
+    /// [`KernelError::Mask`] for a window of no rows, a query block without key blocks, and what names rows, blocks or
+    /// places in lists that are not there.
     pub fn new(
-        subtree_end: &[u32],
-        [full, partial]: [Lists<'_>; 2],
+        paths: PathLists<'_>,
         group: usize,
-        window: Option<(u32, &[u32])>,
+        window: Option<u32>,
         device: &Device,
     ) -> Result<Self, KernelError> {
-        let rows = subtree_end.len();
-        if group == 0 || group > TILE {
-            return Err(KernelError::Mask(format!(
-                "group must be in 1..={TILE}, got {group}"
-            )));
-        }
-        let offsets = [
-            checked("full", full, rows, group)?,
-            checked("partial", partial, rows, group)?,
-        ];
-        if let Some((size, depth)) = window
-            && (size == 0 || depth.len() != rows)
-        {
-            let depths = depth.len();
-            let message =
-                format!("a window needs a size and {rows} depths, got {size} and {depths}");
-            return Err(KernelError::Mask(message));
-        }
-        let depth = window.map_or(&[][..], |(_, depth)| depth);
-        let [full_offsets, partial_offsets] = &offsets;
-        let zeros = &[0; COUNTERS];
-        // One transfer: each takes longer to begin than all of them to do.
+        paths.check(group, window)?;
+        let (partial_offsets, full_offsets) = (paths.partial.offsets(), paths.full.offsets());
         let arrays = [
-            subtree_end,
-            depth,
-            full_offsets,
-            full.blocks,
-            partial_offsets,
-            partial.blocks,
-            zeros,
+            paths.blocks.as_flattened(),
+            paths.above,
+            &partial_offsets,
+            paths.partial.blocks,
+            &full_offsets,
+            paths.full.blocks,
+            paths.depth,
+            &[0; COUNTERS],
         ];
+        // One transfer: each takes longer to begin than all of them to do.
         let together = Tensor::new(arrays.concat(), device)?;
         let mut start = 0;
-        let mut next = |array: &[u32]| {
+        let parts = arrays.map(|array| {
             start += array.len();
             together.narrow(0, start - array.len(), array.len())
-        };
+        });
+        let [
+            blocks,
+            above,
+            partial_offsets,
+            partial,
+            full_offsets,
+            full,
+            depth,
+            zeros,
+        ] = parts;
+        let rows = paths.depth.len();
         Ok(Self {
             rows,
             group,
-            window: window.map(|(size, _)| size),
-            subtree_end: next(subtree_end)?,
-            depth: next(depth)?,
+            window,
+            depth: depth?,
             lists: [
-                next(full_offsets)?,
-                next(full.blocks)?,
-                next(partial_offsets)?,
-                next(partial.blocks)?,
+                blocks?,
+                above?,
+                partial_offsets?,
+                partial?,
+                full_offsets?,
+                full?,
             ],
             counters: Counters {
-                zeros: next(zeros)?,
+                zeros: zeros?,
                 taken: Arc::default(),
             },
         })
@@ -136,53 +230,6 @@ impl TreeMask {
             _ => Tensor::zeros(1, DType::U32, self.counters.zeros.device()),
         }
     }
-
-    /// All arrays, in the order of the kernels' arguments.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn numbers(&self) -> [&Tensor; 6] {
-        let [full_offsets, full, partial_offsets, partial] = &self.lists;
-        let (subtree_end, depth) = (&self.subtree_end, &self.depth);
-        [
-            subtree_end,
-            depth,
-            full_offsets,
-            full,
-            partial_offsets,
-            partial,
-        ]
-    }
-}
-
-/// The offsets, as the kernels read them.
-fn checked(
-    name: &str,
-    lists: Lists<'_>,
-    rows: usize,
-    group: usize,
-) -> Result<Vec<u32>, KernelError> {
-    let Lists { offsets, blocks } = lists;
-    let tiles = rows.div_ceil(query_block(group));
-    let ends = (offsets.first().copied(), offsets.last().copied());
-    if offsets.len() != tiles + 1 || ends != (Some(0), Some(blocks.len())) || !offsets.is_sorted() {
-        let lists = offsets.len().saturating_sub(1);
-        let count = blocks.len();
-        let message = format!(
-            "{name} must be {tiles} lists of {count} blocks, got {lists} with ends {ends:?}"
-        );
-        return Err(KernelError::Mask(message));
-    }
-    let key_blocks = rows.div_ceil(KEY_BLOCK);
-    if let Some(at) = blocks
-        .iter()
-        .position(|&block| block as usize >= key_blocks)
-    {
-        let message = format!("{name}[{at}] is block {}, of {key_blocks}", blocks[at]);
-        return Err(KernelError::Mask(message));
-    }
-    let narrow = offsets.iter().map(|&offset| u32::try_from(offset));
-    narrow
-        .collect::<Result<_, _>>()
-        .map_err(|_| KernelError::Mask(format!("{name} has {} blocks, too many", blocks.len())))
 }
 
 /// Attention of a folded batch: `q` \[rows, heads, head_dim\] over `k` and `v` \[rows, key heads, head_dim\], as `q`.
@@ -285,7 +332,7 @@ fn check_tensors(q: &Tensor, k: &Tensor, v: &Tensor, mask: &TreeMask) -> Result<
             found: q.dtype(),
         });
     }
-    same_device("the mask", &mask.subtree_end, q)
+    same_device("the mask", &mask.depth, q)
 }
 
 /// One tile after the other, over all keys of its lists at once.
@@ -308,7 +355,7 @@ fn on_host(
     let (mut outs, mut denominators) = (Vec::new(), Vec::new());
     for (tile, first) in (0..rows).step_by(tile_rows).enumerate() {
         let queries = first..rows.min(first + tile_rows);
-        let (keys, bias) = seen.tile(tile, queries.clone(), mask.window);
+        let (keys, bias) = seen.tile(tile, queries.clone());
         let keys = Tensor::new(keys, q.device())?;
         let bias = Tensor::from_vec(bias, (1, queries.len(), 1, keys.elem_count()), q.device())?;
         // [key heads, queries × group, head_dim], [key heads, keys, head_dim]
@@ -351,51 +398,47 @@ fn on_host(
     Ok((Tensor::cat(&outs, 0)?, denominators))
 }
 
-/// A mask on the host.
+/// A mask on the host, as [`TreeMask`] has it.
 struct Seen {
-    subtree_end: Vec<u32>,
+    window: Option<u32>,
     depth: Vec<u32>,
-    full_offsets: Vec<u32>,
-    full: Vec<u32>,
-    partial_offsets: Vec<u32>,
-    partial: Vec<u32>,
+    lists: [Vec<u32>; 6],
+}
+
+/// A key of a block, its depth, and which rows see it.
+struct Key {
+    row: u32,
+    depth: u32,
+    seen_by: Range<u32>,
 }
 
 impl Seen {
     fn new(mask: &TreeMask) -> Result<Self, KernelError> {
-        let [full_offsets, full, partial_offsets, partial] = &mask.lists;
+        let mut lists = [const { Vec::new() }; 6];
+        for (list, tensor) in lists.iter_mut().zip(&mask.lists) {
+            *list = tensor.to_vec1()?;
+        }
         Ok(Self {
-            subtree_end: mask.subtree_end.to_vec1()?,
+            window: mask.window,
             depth: mask.depth.to_vec1()?,
-            full_offsets: full_offsets.to_vec1()?,
-            full: full.to_vec1()?,
-            partial_offsets: partial_offsets.to_vec1()?,
-            partial: partial.to_vec1()?,
+            lists,
         })
     }
 
     /// The keys of the listed blocks, and what is added to the scores \[queries, keys\]: zero or -infinity.
-    fn tile(
-        &self,
-        tile: usize,
-        queries: Range<usize>,
-        window: Option<u32>,
-    ) -> (Vec<u32>, Vec<f32>) {
-        let rows = self.subtree_end.len();
-        let list = |offsets: &[u32], blocks: &[u32], whole: bool| {
-            let listed = &blocks[offsets[tile] as usize..offsets[tile + 1] as usize];
-            let rows_of = |&block: &u32| {
-                let first = block as usize * KEY_BLOCK;
-                (first..rows.min(first + KEY_BLOCK)).map(move |key| (key, whole))
-            };
-            listed.iter().flat_map(rows_of).collect::<Vec<_>>()
+    fn tile(&self, tile: usize, queries: Range<usize>) -> (Vec<u32>, Vec<f32>) {
+        let [_, _, partial_offsets, partial, full_offsets, full] = &self.lists;
+        let listed = |offsets: &[u32], blocks: &[u32]| {
+            blocks[offsets[tile] as usize..offsets[tile + 1] as usize].to_vec()
         };
-        let mut keys = list(&self.full_offsets, &self.full, true);
-        keys.extend(list(&self.partial_offsets, &self.partial, false));
-        let bias = |query: usize, &(key, whole): &(usize, bool)| {
-            let ancestor = whole || key <= query && query < self.subtree_end[key] as usize;
-            let near = || window.is_none_or(|size| self.depth[query] - self.depth[key] < size);
-            if ancestor && near() {
+        let listed = [listed(partial_offsets, partial), listed(full_offsets, full)].concat();
+        let keys: Vec<Key> = listed
+            .into_iter()
+            .flat_map(|block| self.keys(block))
+            .collect();
+        let bias = |query: usize, key: &Key| {
+            let is_near = |size| self.depth[query] - key.depth < size;
+            if key.seen_by.contains(&(query as u32)) && self.window.is_none_or(is_near) {
                 0.0
             } else {
                 f32::NEG_INFINITY
@@ -404,6 +447,23 @@ impl Seen {
         let bias = queries
             .flat_map(|query| keys.iter().map(move |key| bias(query, key)))
             .collect();
-        (keys.into_iter().map(|(key, _)| key as u32).collect(), bias)
+        (keys.iter().map(|key| key.row).collect(), bias)
+    }
+
+    /// Those of a block that are rows of the batch.
+    fn keys(&self, block: u32) -> impl Iterator<Item = Key> {
+        let [blocks, above, ..] = &self.lists;
+        let [first, end, depth, start] = blocks.as_chunks().0[block as usize];
+        let shared = depth % KEY_BLOCK as u32;
+        let above = &above[start as usize..][..shared as usize];
+        let above = above.iter().map(move |&row| (row, first));
+        let rows = self.depth.len() as u32;
+        let own = (first..rows.min(first + KEY_BLOCK as u32 - shared)).map(|row| (row, row));
+        let keys = above.chain(own).zip(depth - shared..);
+        keys.map(move |((row, first), depth)| Key {
+            row,
+            depth,
+            seen_by: first..end,
+        })
     }
 }

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import cost, dispatch, pick_backend  # noqa: E402
 from radix_mlp.torch.cost import Rates, flash_seconds, flash_work, tree_seconds, tree_work  # noqa: E402
-from radix_mlp.torch.tree_mask import Tiles, tree_arrays  # noqa: E402
+from radix_mlp.torch.tree_mask import Tiles, TreeMask  # noqa: E402
 
 TILES = Tiles(128, 64, 4, 2)
 
@@ -71,8 +71,8 @@ def on_cuda(rows: int, heads: int, *, training: bool = False) -> Any:
     return Stub(device=torch.device("cuda"), dtype=torch.bfloat16, shape=shape, ndim=3, requires_grad=training)
 
 
-def tree_mask(fold: Fold, _q: Any, _k: Any, window: None) -> Any:
-    return SimpleNamespace(tiles=TILES, blocks=tree_arrays(fold, TILES, 4, window)["blocks"])
+def forward_mask(fold: Fold, _q: Any, _k: Any, window: None) -> Any:
+    return SimpleNamespace(tiles=TILES, pairs=len(TreeMask.arrays(fold, TILES, 4, window)["blocks"]))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     pytest.importorskip("triton")
     monkeypatch.setattr("radix_mlp.torch.tree.compile_kernels", lambda *variant: calls.append(variant))
-    monkeypatch.setattr(dispatch, "tree_mask", tree_mask)
+    monkeypatch.setattr(dispatch, "forward_mask", forward_mask)
     return calls
 
 
@@ -118,7 +118,7 @@ def test_training_compiles_the_tree_kernels_whatever_is_picked(compiled: list[An
 )
 def test_picks_the_cheaper(prefix: int, own: int, count: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fold = batch(prefix, own, count)
-    monkeypatch.setattr(dispatch, "tree_mask", tree_mask)
+    monkeypatch.setattr(dispatch, "forward_mask", forward_mask)
     q, k = on_cuda(fold.num_rows, 32), on_cuda(fold.num_rows, 8)
     assert pick_backend(q, k, k, fold) == expected
     # A second is more than either takes.

@@ -8,6 +8,7 @@ from ctypes import c_uint32, c_void_p
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from radix_mlp import Fold
 from radix_mlp._core import cuda_sources
 from radix_mlp.torch import attention
 from radix_mlp.torch.cuda_program import CAPABILITY, DTYPES, HEADERS
+from radix_mlp.torch.fold import to_device
 from radix_mlp.torch.hopper import (
     COUNTERS,
     HEAD_DIMS,
     KEY_BLOCK,
     NAME,
+    PATH_TILES,
+    THREADS,
     TILE,
     Sizes,
     _counter,
@@ -29,7 +33,7 @@ from radix_mlp.torch.hopper import (
     hopper_kernel,
     shared_bytes,
 )
-from radix_mlp.torch.tree_mask import forward_tiles, tree_mask
+from radix_mlp.torch.path_blocks import Lists, PathBlocks
 from test_attention import DEVICE, compare, oracle, tensors, three_levels
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == CAPABILITY
@@ -69,13 +73,6 @@ def test_a_size_that_differs_does_not_compile(monkeypatch: pytest.MonkeyPatch) -
         compiled.__wrapped__(torch.bfloat16, 128)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_masks_are_cut_as_the_kernel_reads_them(dtype: torch.dtype, head_dim: int) -> None:
-    tiles = forward_tiles(head_dim, dtype)
-    assert (tiles.tile, tiles.key_block) == (TILE, KEY_BLOCK)
-
-
 def test_tensors_become_what_the_copy_engine_takes() -> None:
     """Heads that stand for all, odd rows and odd addresses are copied, all others stay where they are."""
     pytest.importorskip("triton")
@@ -113,10 +110,11 @@ def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("radix_mlp.torch.hopper.multiprocessors", lambda _: 3)
     fold = three_levels("depth_first")
     q, k, v = (torch.randn(fold.num_rows, heads, 64, dtype=torch.float16) for heads in (8, 2, 2))
-    mask, lse = tree_mask(fold, q, k, 33), torch.empty(8, fold.num_rows)
+    arrays = to_device(PathBlocks.arrays(fold, PATH_TILES, 4, 33), q.device)
+    mask, lse = PathBlocks(PATH_TILES, 33, **arrays), torch.empty(8, fold.num_rows)
     out = hopper_attention("kernel", q, k, v, mask, 0.5, None, lse)
     ((kernel, *grid, shared, stream, (values, types), _),) = launches
-    assert (kernel, grid, shared, stream) == ("kernel", [3, 1, 1, 384, 1, 1], shared_bytes(64), 7)
+    assert (kernel, grid, shared, stream) == ("kernel", [3, 1, 1, THREADS, 1, 1], shared_bytes(64), 7)
 
     source = cuda_sources()["tree_attention_hopper.cuh"].replace("\\\n", " ")
     declared = re.search(r"NAME\((.*?)\) *\{", source, re.DOTALL).group(1).split(",")  # type: ignore[union-attr]
@@ -138,14 +136,28 @@ def test_arguments_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         0.5,
         0,
     ]
-    counter, tiles = passed.pop("next"), -(-len(q) // 32)
+    lists = passed.pop("lists")
+    parts = {"blocks": mask.blocks, "above": mask.above, "partial": mask.partial, "full": mask.full}
+    parts |= {"partial_blocks": mask.listed, "full_blocks": mask.listed}
+    declared_lists = re.search(r"struct Lists \{(.*?)\}", cuda_sources()["tree_attention.cuh"], re.DOTALL)
+    names = re.findall(r"(\w+)[,;]", declared_lists.group(1))  # type: ignore[union-attr]
+    assert [(name, getattr(lists, name)) for name in names] == [(name, parts[name].data_ptr()) for name in names]
+    assert [field[0] for field in Lists._fields_] == names
+    # Blocks are read 16 bytes at a time.
+    assert lists.blocks % 16 == 0
+    counter, tiles = passed.pop("next"), -(-len(q) // (TILE // 4))
     assert counter
+    boxes = {
+        "q": (q, TILE // 4, 4),
+        "k": (k, KEY_BLOCK, 1),
+        "v": (v, KEY_BLOCK, 1),
+        "one_k": (k, 1, 1),
+        "one_v": (v, 1, 1),
+    }
     assert passed == {
-        **{"q": (q.data_ptr(), 32, 4), "k": (k.data_ptr(), 64, 1), "v": (v.data_ptr(), 64, 1)},
+        **{name: (x.data_ptr(), *box) for name, (x, *box) in boxes.items()},
         **{"out": out.data_ptr(), "lse": lse.data_ptr(), "tiles": tiles, "items": 2 * tiles},
-        **{"subtree_end": mask.subtree_end.data_ptr(), "depth": mask.depth.data_ptr()},
-        **{"full": mask.full.data_ptr(), "partial": mask.partial.data_ptr()},
-        **{"full_blocks": mask.blocks.data_ptr(), "partial_blocks": mask.blocks.data_ptr()},
+        "depth": mask.depth.data_ptr(),
     }
 
 
@@ -205,6 +217,38 @@ def test_it_equals_every_copy(dtype: torch.dtype, shape: tuple[int, int, int], o
     found = fold.unfold(attention(q, k, v, fold, backend="tree", **options)).double()
     # NaN fails.
     assert (found - expected).abs().max() <= TOLERANCES[dtype] * (1 + expected.abs().max())
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(16, 8), (7, 1), (100, 1), (12, 4), (4, 4)])
+@pytest.mark.parametrize("options", [{}, {"window": 33}, {"scale": 0.5}])
+def test_bits_are_those_of_flash_attention(dtype: torch.dtype, heads: tuple[int, int], options: dict[str, Any]) -> None:
+    """Of each sequence alone: branches within a block of keys and at its end, and more than one after the other."""
+    fold = three_levels("depth_first")
+    draw = np.random.default_rng(1).integers
+    root = draw(0, 9, 256).tolist()
+    deep = [root[:cut] + draw(9, 99, own).tolist() for cut, own in zip(draw(1, 257, 40), draw(1, 300, 40), strict=True)]
+    for folded in (fold, Fold.from_sequences([root, *deep], layout="depth_first")):
+        q, k, v = (3 * x.detach() for x in tensors(folded, *heads, 128, dtype))
+        alone = Fold(folded.unfold(folded.input_ids), None, folded.cu_seq_lengths, salts=range(folded.num_sequences))
+        copies = (folded.unfold(q), folded.unfold(k), folded.unfold(v))
+        expected = attention(*copies, fold=alone, backend="query_folded", **options)
+        assert torch.equal(folded.unfold(attention(q, k, v, folded, backend="tree", **options)), expected)
+
+
+@needs_hopper
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("options", [{}, {"window": 33, "softcap": 3.0}])
+def test_folding_changes_no_bit(head_dim: int, options: dict[str, Any]) -> None:
+    folded = three_levels("depth_first")
+    q, k, v = (x.detach() for x in tensors(folded, 16, 8, head_dim, torch.bfloat16))
+    salts = range(folded.num_sequences)
+    alone = Fold(folded.unfold(folded.input_ids), None, folded.cu_seq_lengths, layout="depth_first", salts=salts)
+    assert alone.num_nodes == folded.num_tokens
+    copies = (folded.unfold(q), folded.unfold(k), folded.unfold(v))
+    expected = attention(*copies, fold=alone, backend="tree", **options)
+    assert torch.equal(folded.unfold(attention(q, k, v, folded, backend="tree", **options)), expected)
 
 
 @needs_hopper

@@ -36,7 +36,7 @@ from test_hopper import TOLERANCES, launches_of_nothing, needs_hopper, pretend
 
 pytest.importorskip("triton")
 
-from radix_mlp.torch.tree import tree_walks
+from radix_mlp.torch.tree import tree_gradients
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("radix_mlp.torch.hopper_gradient.hopper_gradient_kernels", lambda *_: ["begin", "walk", "end"])
     monkeypatch.setattr("radix_mlp.torch.hopper_gradient.tensor_map", lambda x, *box: (x.data_ptr(), *box))
     fold = three_levels("depth_first")
-    rows, subtree_end = fold.num_rows, torch.zeros(0)
+    rows = fold.num_rows
     q, k, v, out = (torch.randn(rows, heads, HEAD_DIM, dtype=torch.float16) for heads in (6, 2, 2, 6))
     lse, dout = torch.empty(6, rows), torch.randn(6, rows, HEAD_DIM, dtype=torch.float16).transpose(0, 1)
     walks = key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=21)
@@ -83,7 +83,7 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         return new_empty(x, size)
 
     monkeypatch.setattr(Tensor, "new_empty", spy)
-    dq, dk, dv = hopper_gradients(q, k, v, out, lse, dout, subtree_end, walks, 0.5)
+    dq, dk, dv = hopper_gradients(q, k, v, out, lse, dout, walks, 0.5)
 
     steps = -(-rows // (PAIRS // 3))
     grids = [
@@ -110,8 +110,8 @@ def test_arguments_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     boxes = {"q": (q, PAIRS // 3, 3), "dout": (dout, PAIRS // 3, 3), "k": (k, KEY_BLOCK, 1), "v": (v, KEY_BLOCK, 1)}
     for name, (x, *box) in boxes.items():
         assert passed.pop(f"{name}_boxes") == (x.data_ptr(), *box)
-    given = {"out": out, "dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "subtree_end": subtree_end}
-    lists = "key_block", "first_step", "walk_end", "part", "split_block", "first_part"
+    given = {"out": out, "dout": dout, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    lists = "key_block", "first_step", "walk_end", "part", "split_block", "first_part", "subtree_end"
     given |= {name: getattr(walks, name) for name in lists}
     assert passed == {name: x.data_ptr() for name, x in given.items()}
 
@@ -132,7 +132,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 def taken(group: int = 3, window: int | None = None, softcap: float | None = None) -> Tiles:
     fold = three_levels("depth_first")
     q, k = (torch.empty(fold.num_rows, heads, HEAD_DIM, dtype=torch.bfloat16) for heads in (2 * group, 2))
-    return tree_walks(fold, q, k, window, softcap).tiles
+    reads = tree_gradients(fold, q, k, window, softcap)
+    assert (reads.mask is None) == (reads.walks.tiles == HOPPER_TILES)
+    return reads.walks.tiles
 
 
 def test_walks_are_those_of_what_computes_them(pretended: None) -> None:
@@ -159,7 +161,7 @@ def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> N
 def test_without_kernels_there_are_no_gradients() -> None:
     x = torch.zeros(1, 1, HEAD_DIM)
     with pytest.raises(RuntimeError, match=r"no kernels for torch.float32 and head_dim 128 on cpu"):
-        hopper_gradients(x, x, x, x, x, x, x, None, 1.0)  # type: ignore[arg-type]
+        hopper_gradients(x, x, x, x, x, x, None, 1.0)  # type: ignore[arg-type]
 
 
 @needs_hopper
@@ -177,7 +179,7 @@ def test_many_walks_of_many_steps() -> None:
     """Blocks of keys in parts, and more walks than multiprocessors."""
     fold = Fold.from_sequences([[*range(700), own, *range(300)] for own in range(20)], layout="depth_first")
     q, k, v = tensors(fold, 16, 8, HEAD_DIM, torch.bfloat16)
-    walks = tree_walks(fold, q, k, None, None)
+    walks = tree_gradients(fold, q, k, None, None).walks
     assert walks.tiles == HOPPER_TILES
     assert walks.parts
     assert len(walks.key_block) * 8 > HOPPER_PROGRAMS

@@ -1,9 +1,11 @@
 //! Tree attention of folded batches against plain causal attention of each sequence by itself, in float64.
 
-use crate::common::{Case, SCALE, batches, cases, differences, fold, inputs, mask};
+use crate::common::{
+    Case, SCALE, batches, cases, differences, fold, inputs, mask, path_lists, path_mask, values,
+};
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
-use radix_mlp_kernels::{Lists, TreeMask, query_block, tree_attention, tree_attention_with_lse};
+use radix_mlp_kernels::{Lists, PathLists, TreeMask, tree_attention, tree_attention_with_lse};
 
 /// The largest differences from the oracle, of outputs whose values are of -1 to 1 and of denominators.
 fn errors(sequences: &[Vec<u32>], case: Case, dtype: DType, device: &Device) -> (f64, f64) {
@@ -14,7 +16,7 @@ fn errors(sequences: &[Vec<u32>], case: Case, dtype: DType, device: &Device) -> 
     let (out, lse) = tree_attention_with_lse(&q, &k, &v, &mask, SCALE, case.softcap).unwrap();
     assert_eq!((out.dims(), out.dtype()), (q.dims(), dtype));
     let alone = tree_attention(&q, &k, &v, &mask, SCALE, case.softcap).unwrap();
-    assert_eq!(crate::common::values(&alone), crate::common::values(&out));
+    assert_eq!(values(&alone), values(&out));
     differences(&fold, given.each_ref(), case, &out, &lse)
 }
 
@@ -50,32 +52,90 @@ const CASE: Case = Case {
 };
 
 #[test]
-fn a_mask_of_other_rows_or_blocks_is_refused() {
+fn a_window_of_all_rows_is_none() {
     let fold = fold(&[vec![1; 200]]);
-    let tiles = 200_usize.div_ceil(query_block(3));
-    let (none, one) = (vec![0; tiles + 1], [vec![0; tiles], vec![1]].concat());
-    let refused = |offsets: &[usize], block: u32, group, window| {
-        let full = Lists {
-            offsets: &none,
-            blocks: &[],
-        };
-        let partial = Lists {
-            offsets,
-            blocks: &[block],
-        };
-        let subtree_end = fold.subtree_end().unwrap();
-        TreeMask::new(subtree_end, [full, partial], group, window, &Device::Cpu)
-            .unwrap_err()
-            .to_string()
+    let [q, k, v] = inputs(&fold, CASE, DType::F32);
+    let attended = |window| {
+        let mask = mask(&fold, Case { window, ..CASE }, &Device::Cpu).unwrap();
+        values(&tree_attention(&q, &k, &v, &mask, SCALE, None).unwrap())
     };
-    assert_eq!(refused(&one, 4, 3, None), "partial[0] is block 4, of 4");
+    let expected = attended(None);
+    assert!(attended(Some(199)) != expected);
+    for window in [200, u32::MAX] {
+        assert_eq!(attended(Some(window)), expected);
+    }
+}
+
+/// Of the sequences 1, 2 and 1, 3.
+const LISTS: PathLists<'_> = PathLists {
+    depth: &[0, 1, 1],
+    blocks: &[[0, 2, 0, 0], [2, 3, 1, 0]],
+    above: &[0],
+    partial: Lists {
+        offsets: &[0, 2],
+        blocks: &[0, 1],
+    },
+    full: Lists {
+        offsets: &[0, 0],
+        blocks: &[],
+    },
+};
+
+#[test]
+fn lists_that_name_what_is_not_there_are_refused() {
+    let fold = fold(&[vec![1, 2], vec![1, 3]]);
+    let new = |lists, group, window| TreeMask::new(lists, group, window, &Device::Cpu);
     assert_eq!(
-        refused(&[0], 3, 3, None),
-        "partial must be 5 lists of 1 blocks, got 0 with ends (Some(0), Some(0))"
+        format!("{:?}", path_lists(&path_mask(&fold, CASE))),
+        format!("{LISTS:?}")
     );
-    assert_eq!(refused(&one, 3, 0, None), "group must be in 1..=128, got 0");
-    let message = "a window needs a size and 200 depths, got 0 and 1";
-    assert_eq!(refused(&one, 3, 3, Some((0, &[7]))), message);
+    assert!(new(LISTS, 3, Some(1)).is_ok());
+    let refused = |lists, group, window| new(lists, group, window).unwrap_err().to_string();
+    assert_eq!(refused(LISTS, 0, None), "group must be in 1..=192, got 0");
+    assert_eq!(
+        refused(LISTS, 193, None),
+        "group must be in 1..=192, got 193"
+    );
+    assert_eq!(refused(LISTS, 3, Some(0)), "a window must have rows, got 0");
+    // Query blocks of one row.
+    let message = "partial must be 3 lists of 2 blocks, got 1 with ends (Some(0), Some(2))";
+    assert_eq!(refused(LISTS, 192, None), message);
+    let partial = |offsets, blocks| PathLists {
+        partial: Lists { offsets, blocks },
+        ..LISTS
+    };
+    let message = "partial's offsets go from 2 to 1";
+    assert_eq!(refused(partial(&[0, 2, 1], &[0]), 96, None), message);
+    let full = |offsets, blocks| PathLists {
+        full: Lists { offsets, blocks },
+        ..LISTS
+    };
+    let above = |above| PathLists { above, ..LISTS };
+    let block = |blocks| PathLists { blocks, ..LISTS };
+    for (lists, message) in [
+        (
+            full(&[], &[]),
+            "full must be 1 lists of 0 blocks, got 0 with ends (None, None)",
+        ),
+        (
+            full(&[1, 1], &[0]),
+            "full must be 1 lists of 1 blocks, got 1 with ends (Some(1), Some(1))",
+        ),
+        (
+            full(&[0, 1], &[]),
+            "full must be 1 lists of 0 blocks, got 1 with ends (Some(0), Some(1))",
+        ),
+        (full(&[0, 1], &[2]), "full[0] is block 2, of 2"),
+        (partial(&[0, 0], &[]), "query block 0 lists no key block"),
+        (above(&[3]), "above[0] is row 3, of 3"),
+        (above(&[]), "blocks[1] has above[0..1], of 0"),
+        (block(&[[2, 2, 0, 0]]), "blocks[0] is of rows 2..2, of 3"),
+        (block(&[[2, 4, 0, 0]]), "blocks[0] is of rows 2..4, of 3"),
+        (block(&[[0, 1, 3, 0]]), "blocks[0] is below 3 rows, of 3"),
+        (block(&[[0, 1, 1, 1]]), "blocks[0] has above[1..2], of 1"),
+    ] {
+        assert_eq!(refused(lists, 3, None), message);
+    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
-use radix_mlp::{BlockMask, Fold, Layout};
-use radix_mlp_kernels::{KEY_BLOCK, KernelError, Lists, TreeMask, query_block};
+use radix_mlp::{Fold, Layout, PathMask};
+use radix_mlp_kernels::{KEY_BLOCK, KernelError, Lists, PathLists, TreeMask, query_block};
 
 /// What attention is asked for besides the batch.
 #[derive(Clone, Copy, Debug)]
@@ -34,24 +34,28 @@ pub fn fold(sequences: &[Vec<u32>]) -> Fold {
         .unwrap()
 }
 
-pub fn blocks(fold: &Fold, group: usize) -> BlockMask {
-    fold.block_mask(query_block(group), KEY_BLOCK).unwrap()
+pub fn path_mask(fold: &Fold, case: Case) -> PathMask {
+    let query_block = query_block(case.group);
+    fold.path_mask(query_block, KEY_BLOCK, case.window).unwrap()
 }
 
-pub fn mask(fold: &Fold, case: Case, device: &Device) -> Result<TreeMask, KernelError> {
-    let window = case.window.map(|size| (size, fold.position_ids()));
-    let blocks = blocks(fold, case.group);
-    let lists = [blocks.full(), blocks.partial()].map(|lists| Lists {
+pub fn path_lists(mask: &PathMask) -> PathLists<'_> {
+    let [partial, full] = [mask.partial(), mask.full()].map(|lists| Lists {
         offsets: &lists.offsets,
         blocks: &lists.indices,
     });
-    TreeMask::new(
-        fold.subtree_end().unwrap(),
-        lists,
-        case.group,
-        window,
-        device,
-    )
+    PathLists {
+        depth: mask.depth(),
+        blocks: mask.blocks(),
+        above: mask.above(),
+        partial,
+        full,
+    }
+}
+
+pub fn mask(fold: &Fold, case: Case, device: &Device) -> Result<TreeMask, KernelError> {
+    let mask = path_mask(fold, case);
+    TreeMask::new(path_lists(&mask), case.group, case.window, device)
 }
 
 /// Numbers of -1 to 1 that look random, in `dtype`.

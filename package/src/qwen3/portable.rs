@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 use candle_core::{Device, Result, Tensor};
 use radix_mlp_kernels::{
-    Ids, KEY_BLOCK, Lists, TreeMask, add_rms_norm, gather, index_select, norm_rope, query_block,
-    rotary_angles, swiglu, tree_attention,
+    Ids, KEY_BLOCK, Lists, PathLists, TreeMask, add_rms_norm, gather, index_select, norm_rope,
+    query_block, rotary_angles, swiglu, tree_attention,
 };
 
 use super::config::Qwen3Config;
@@ -14,7 +14,7 @@ use super::error::ModelError;
 use super::model::FoldLevel;
 use super::rope::inverse_frequencies;
 use super::weights::{LayerWeights, Linear, Weights};
-use crate::block_mask::BlockMask;
+use crate::path_mask::PathMask;
 use crate::{Fold, FoldError, Layout};
 
 /// Hidden states after the last norm, in the dtype of the weights: \[N', hidden\] in the order of the fold's rows, or
@@ -192,12 +192,19 @@ fn mask(
     device: &Device,
 ) -> std::result::Result<TreeMask, ModelError> {
     let group = config.num_attention_heads / config.num_key_value_heads;
-    let blocks = BlockMask::new(subtree_end, query_block(group), KEY_BLOCK)?;
-    let lists = [blocks.full(), blocks.partial()].map(|lists| Lists {
+    let mask = PathMask::new(subtree_end, query_block(group), KEY_BLOCK, None)?;
+    let [partial, full] = [mask.partial(), mask.full()].map(|lists| Lists {
         offsets: &lists.offsets,
         blocks: &lists.indices,
     });
-    Ok(TreeMask::new(subtree_end, lists, group, None, device)?)
+    let paths = PathLists {
+        depth: mask.depth(),
+        blocks: mask.blocks(),
+        above: mask.above(),
+        partial,
+        full,
+    };
+    Ok(TreeMask::new(paths, group, None, device)?)
 }
 
 /// What attention adds to the states, \[rows, hidden\], of their queries, keys and values \[rows, all heads × head_dim\].

@@ -320,11 +320,18 @@ inline float __shfl_xor_sync(uint32_t, float value, int distance) {
     return value;
 }
 
+inline bool __any_sync(uint32_t, bool predicate) {
+    const auto shown = emulator::show({uint32_t(predicate)});
+    return std::any_of(shown, shown + emulator::WARP, [](const uint32_t (&words)[8]) { return words[0]; });
+}
+
 template <typename T> T __ldg(const T *at) { return *at; }
 inline uint32_t atomicAdd(uint32_t *at, uint32_t more) { return std::exchange(*at, *at + more); }
 template <typename T> void __stcs(T *at, T value) { *at = value; }
 
+using std::max;
 using std::min;
 
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }

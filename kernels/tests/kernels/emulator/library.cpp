@@ -31,27 +31,27 @@ void emulate_previous(void *memory, uint64_t bytes) {
     emulator::previous.push_back({memory, {from, from + bytes}});
 }
 
-// On a Hopper GPU of `processors` multiprocessors, or on another where there are none.
+// On a Hopper GPU of `processors` multiprocessors, or on another where there are none. Numbers are depths, and then what
+// `Lists` has.
 void emulate_tree_attention(uint32_t bf16, uint32_t head_dim, uint32_t processors, uint32_t tiles, uint32_t kv_heads,
                             const void *q, const void *k, const void *v, void *out, float *lse,
-                            const uint32_t *const *numbers, const Sizes *given, uint32_t *next) {
+                            const void *const *numbers, const Sizes *given, uint32_t *next) {
     const int group = given->group;
     auto map = [&](const void *x, int64_t row, int64_t head, int64_t heads, int box_rows, int box_heads) {
         const auto *start = static_cast<const uint16_t *>(x);
         return CUtensorMap{start, given->rows, heads, head_dim, row, head, box_rows, box_heads};
     };
     const CUtensorMap q_map = map(q, given->q_row, given->q_head, given->heads, TILE / group, group);
-    const CUtensorMap k_map = map(k, given->k_row, given->k_head, kv_heads, KEYS, 1);
-    const CUtensorMap v_map = map(v, given->v_row, given->v_head, kv_heads, KEYS, 1);
+    auto keys = [&](int rows) { return map(k, given->k_row, given->k_head, kv_heads, rows, 1); };
+    auto values = [&](int rows) { return map(v, given->v_row, given->v_head, kv_heads, rows, 1); };
+    const auto *blocks = static_cast<const KeyBlock *>(numbers[1]);
+    auto list = [&](int at) { return static_cast<const uint32_t *>(numbers[at]); };
+    const Lists lists{blocks, list(2), list(3), list(4), list(5), list(6)};
     auto run = [&](auto for_all, auto for_hopper) {
-        auto with = [&](dim3 blocks, uint32_t threads, auto kernel, auto q, auto k, auto v, auto... more) {
-            call(blocks, threads, kernel, q, k, v, out, lse, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
-                 numbers[5], *given, more...);
-        };
         const uint32_t items = tiles * kv_heads;
-        processors ? with({min(processors, items), 1, 1}, HOPPER_THREADS, for_hopper, q_map, k_map, v_map, tiles, items,
-                          next)
-                   : with({tiles, kv_heads, 1}, AMPERE_THREADS, for_all, q, k, v);
+        processors ? call({min(processors, items), 1, 1}, HOPPER_THREADS, for_hopper, q_map, keys(KEYS), values(KEYS),
+                          keys(1), values(1), out, lse, list(0), lists, *given, tiles, items, next)
+                   : call({tiles, kv_heads, 1}, AMPERE_THREADS, for_all, q, k, v, out, lse, list(0), lists, *given);
     };
     if (head_dim == 64) {
         bf16 ? run(tree_attention_bf16_64, tree_attention_hopper_bf16_64)

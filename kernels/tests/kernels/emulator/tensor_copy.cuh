@@ -18,7 +18,7 @@ inline void arrive_expecting(uint32_t at, uint32_t bytes) {
 
 inline void copy_box(uint32_t to, const CUtensorMap &map, int column, int head, int row, uint32_t barrier) {
     const int lines = map.box_rows * map.box_heads;
-    if (to % 1024 || to + 128 * lines > emulator::SHARED) {
+    if (to % 128 || to + 128 * lines > emulator::SHARED) {
         std::fprintf(stderr, "emulator: a box to %u\n", to);
         std::abort();
     }

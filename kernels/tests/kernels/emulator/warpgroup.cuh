@@ -6,6 +6,15 @@
 
 #include <half.cuh>
 
+inline uint32_t same_for_warp(uint32_t x) {
+    const uint32_t first = emulator::show({x})[0][0];
+    if (x != first) {
+        std::fprintf(stderr, "emulator: %u and %u are not the same for a warp\n", x, first);
+        std::abort();
+    }
+    return first;
+}
+
 inline uint32_t warpgroup() { return emulator::block->current / (4 * emulator::WARP); }
 
 inline void publish() {
@@ -48,6 +57,8 @@ template <typename X, int N, int M> void settle(X (&)[N][M]) {}
 inline uint64_t descriptor(uint32_t address, uint32_t panel) {
     return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(panel / 16) << 16 | address / 16;
 }
+
+inline uint64_t further(uint64_t descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
 
 namespace emulator {
 

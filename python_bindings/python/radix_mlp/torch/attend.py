@@ -7,10 +7,10 @@ from radix_mlp.fold import Fold
 from radix_mlp.torch.dispatch import Backend, attended, choose, has_gradients, softmax_scale
 from radix_mlp.torch.eager import eager
 from radix_mlp.torch.flash import flash_attention, varlen
+from radix_mlp.torch.forward_mask import forward_mask
 from radix_mlp.torch.handle import handled
 from radix_mlp.torch.operator import attention_operation
 from radix_mlp.torch.sequential import paths, sequential_attention
-from radix_mlp.torch.tree_mask import tree_mask
 
 
 def attention(
@@ -80,10 +80,10 @@ def _attend(
     if fold.num_nodes == 0:
         return q.new_zeros(*q.shape[:2], v.shape[-1])
     if backend == "tree":
-        from radix_mlp.torch.tree import tree_attention, tree_walks
+        from radix_mlp.torch.tree import tree_attention, tree_gradients
 
-        walks = tree_walks(fold, q, k, window, softcap) if training else None
-        return tree_attention(q, k, v, tree_mask(fold, q, k, window), scale, softcap, walks)
+        gradients = tree_gradients(fold, q, k, window, softcap) if training else None
+        return tree_attention(q, k, v, forward_mask(fold, q, k, window), scale, softcap, gradients)
     if backend == "query_folded":
         return flash_attention(q, k, v, varlen(fold, q.device), scale, window)
     return sequential_attention(q, k, v, paths(fold, q.device), scale, softcap, window)

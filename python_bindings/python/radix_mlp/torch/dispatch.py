@@ -8,8 +8,9 @@ from torch import Tensor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.cost import flash_seconds, tree_seconds
+from radix_mlp.torch.forward_mask import forward_mask
 from radix_mlp.torch.softmax import runs_on
-from radix_mlp.torch.tree_mask import forward_tiles, tree_mask
+from radix_mlp.torch.tree_mask import forward_tiles
 
 Backend = Literal["tree", "query_folded", "sequential"]
 
@@ -81,8 +82,8 @@ def _pick(
             from radix_mlp.torch.tree import compile_kernels
 
             compile_kernels(q.device, q.dtype, heads, kv_heads, head_dim, window is not None)
-        mask, sizes = tree_mask(fold, q, k, window), (kv_heads, heads // kv_heads, head_dim)
-        tree_time = tree_seconds(len(q), len(mask.blocks), mask.tiles, *sizes, training=training)
+        mask, sizes = forward_mask(fold, q, k, window), (kv_heads, heads // kv_heads, head_dim)
+        tree_time = tree_seconds(len(q), mask.pairs, mask.tiles, *sizes, training=training)
         flash_time = flash_seconds(fold, heads, kv_heads, head_dim, window, training=training)
         return "tree" if tree_time <= flash_time else "query_folded"
 

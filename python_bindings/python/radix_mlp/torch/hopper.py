@@ -23,11 +23,13 @@ from radix_mlp.torch.cuda_program import (
     multiprocessors,
     tensor_map,
 )
-from radix_mlp.torch.tree_mask import TreeMask
+from radix_mlp.torch.path_blocks import Lists, PathBlocks
+from radix_mlp.torch.tree_mask import Tiles
 
 HEAD_DIMS = (64, 128)
 # Of kernels/cuda: hopper_memory.cuh says what a block has, tree_attention.cuh how scores are cut.
-THREADS, TILE, KEY_BLOCK = 384, 128, 64
+THREADS, TILE, KEY_BLOCK = 512, 192, 64
+PATH_TILES = Tiles(TILE, KEY_BLOCK, THREADS // 32, 4)
 
 NAME = "tree_attention"
 # Launches whose counters are filled at once.
@@ -60,29 +62,29 @@ def hopper_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: TreeMask,
+    mask: PathBlocks,
     scale: float,
     softcap: float | None,
     lse: Tensor | None,
 ) -> Tensor:
     """Attention of `q` [rows, heads, head_dim] over `k`, `v` [rows, key heads, head_dim] by `hopper_kernel`'s kernel.
 
-    Rows and heads lie at whole 16 bytes. The logarithms of the softmax's denominators go to `lse` [heads, rows],
+    Of heads of 128 without a softcap, the bits are those of FlashAttention-2 (torch's, of 2.11) over each row's path
+    alone. Rows and heads lie at whole 16 bytes. The logarithms of the softmax's denominators go to `lse` [heads, rows],
     float32, where it is given. Raises RuntimeError where CUDA refuses the launch.
     """
     (rows, heads, _), kv_heads = q.shape, k.shape[1]
     group, tiles = heads // kv_heads, mask.full.shape[0] - 1
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    maps = [tensor_map(q, TILE // group, group), tensor_map(k, KEY_BLOCK, 1), tensor_map(v, KEY_BLOCK, 1)]
-    lists = [mask.full, mask.blocks, mask.partial, mask.blocks]
-    pointers = [out.data_ptr(), 0 if lse is None else lse.data_ptr()]
-    pointers += [x.data_ptr() for x in (mask.subtree_end, mask.depth, *lists)]
+    keys = [tensor_map(x, box, 1) for box in (KEY_BLOCK, 1) for x in (k, v)]
+    maps = [tensor_map(q, TILE // group, group), *keys]
+    pointers = [out.data_ptr(), 0 if lse is None else lse.data_ptr(), mask.depth.data_ptr()]
     strides = [step for x in (q, k, v) for step in x.stride()[:2]]
     sizes = Sizes(*strides, rows, heads, group, mask.window or 0, scale, softcap or 0.0)
     stream = torch.cuda.current_stream(q.device).cuda_stream
     counter = _counter(q.device, stream)
-    values = [*maps, *pointers, sizes, tiles, tiles * kv_heads, counter.data_ptr()]
-    types = [*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), None, ctypes.c_uint32, ctypes.c_uint32]
+    values = [*maps, *pointers, mask.lists, sizes, tiles, tiles * kv_heads, counter.data_ptr()]
+    types = [*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), None, None, ctypes.c_uint32, ctypes.c_uint32]
     blocks = min(tiles * kv_heads, multiprocessors(q.device))
     with torch.cuda.device(q.device):
         launch(kernel, blocks, THREADS, shared_bytes(q.shape[-1]), stream, values, [*types, ctypes.c_void_p])
@@ -90,8 +92,8 @@ def hopper_attention(
 
 
 def shared_bytes(head_dim: int) -> int:
-    """Of a block: tiles of queries and outputs, two stages of keys and of values, and what `Memory` has besides."""
-    return (2 * TILE + 8 * KEY_BLOCK) * head_dim * 2 + 2208
+    """Of a block: tiles of queries and outputs, four stages of keys and of values, and what `Memory` has besides."""
+    return (2 * TILE + 8 * KEY_BLOCK) * head_dim * 2 + 256
 
 
 @cache
@@ -102,6 +104,7 @@ def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
 static_assert(TILE == {TILE} && KEYS == {KEY_BLOCK} && HOPPER_THREADS == {THREADS});
 static_assert(Memory<{head_dim}>::BYTES == {shared_bytes(head_dim)});
 {fields_in_order(Sizes, "Sizes")}
+static_assert(sizeof(Lists) == {ctypes.sizeof(Lists)});
 TREE_ATTENTION_HOPPER({NAME}, {DTYPES[dtype]}, {head_dim})
 """)
 

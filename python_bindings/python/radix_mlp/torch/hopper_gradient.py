@@ -61,7 +61,6 @@ def hopper_gradients(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    subtree_end: Tensor,
     walks: Walks,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +86,8 @@ def hopper_gradients(
     box = PAIRS // group, group
     maps = [tensor_map(q, *box), tensor_map(dout, *box), tensor_map(k, KEY_BLOCK, 1), tensor_map(v, KEY_BLOCK, 1)]
     gradients = [x.data_ptr() for x in (dq, dk, dv)]
-    lists = [x.data_ptr() for x in (subtree_end, walks.key_block, walks.first_step, walks.walk_end, walks.part)]
+    arrays = walks.subtree_end, walks.key_block, walks.first_step, walks.walk_end, walks.part
+    lists = [x.data_ptr() for x in arrays]
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
     def run(kernel: Any, blocks: int, threads: int, shared: int, maps: list[Any], *pointers: int) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from radix_mlp.torch.dispatch import Backend, attended, choose, softmax_scale
 from radix_mlp.torch.flash import flash_backward, flash_forward, varlen
+from radix_mlp.torch.forward_mask import forward_mask
 from radix_mlp.torch.handle import handled
 from radix_mlp.torch.sequential import paths, sequential_attention, sequential_backward
-from radix_mlp.torch.tree_mask import tree_mask
 
 
 @torch.library.custom_op("radix_mlp::attention", mutates_args=())
@@ -31,7 +31,7 @@ def attention_operation(
     if chosen == "tree" and fold.num_nodes:
         from radix_mlp.torch.tree import tree_forward
 
-        return tree_forward(q, k, v, tree_mask(fold, q, k, window), scale, softcap, with_lse=training)
+        return tree_forward(q, k, v, forward_mask(fold, q, k, window), scale, softcap, with_lse=training)
     if chosen == "query_folded" and fold.num_nodes:
         out, lse = flash_forward(q, k, v, varlen(fold, q.device), scale, window)
         # Padding rows are no queries.
@@ -63,10 +63,10 @@ def _attention_backward(
     if fold.num_nodes == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if chosen == "tree":
-        from radix_mlp.torch.tree import tree_backward, tree_walks
+        from radix_mlp.torch.tree import tree_backward, tree_gradients
 
-        mask, walks = tree_mask(fold, q, k, window), tree_walks(fold, q, k, window, softcap)
-        gradients = tree_backward(q, k, v, out, lse, dout, mask, walks, scale, softcap)
+        reads = tree_gradients(fold, q, k, window, softcap)
+        gradients = tree_backward(q, k, v, out, lse, dout, reads, scale, softcap)
     elif chosen == "query_folded":
         call = varlen(fold, q.device)
         own = lse if call.order is None else lse[:, : len(call.order)].contiguous()

@@ -1,5 +1,6 @@
 """Tree attention as a differentiable function of torch tensors."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch import kernels
+from radix_mlp.torch.forward_mask import ForwardMask, forward_mask, tree_mask
 from radix_mlp.torch.hopper import hopper_attention, hopper_kernel
 from radix_mlp.torch.hopper_gradient import HOPPER_PROGRAMS, HOPPER_TILES, hopper_gradient_kernels, hopper_gradients
-from radix_mlp.torch.tree_mask import Tiles, TreeMask, key_gradient_tiles, query_gradient_tiles, tree_mask
+from radix_mlp.torch.path_blocks import PathBlocks
+from radix_mlp.torch.tree_mask import Tiles, TreeMask, key_gradient_tiles, query_gradient_tiles
 from radix_mlp.torch.walks import Walks, key_walks
 
 # Key heads of a tile that start together, of this many query heads and of all: where all tiles of one head start before
@@ -24,24 +27,32 @@ PROGRAMS = 264
 COMPILED_ROWS = 256
 
 
+@dataclass(frozen=True)
+class TreeGradients:
+    """What `tree_backward` reads of a fold: Triton's kernels read a mask as well."""
+
+    walks: Walks
+    mask: TreeMask | None
+
+
 def tree_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: TreeMask,
+    mask: ForwardMask,
     scale: float,
     softcap: float | None = None,
-    walks: Walks | None = None,
+    gradients: TreeGradients | None = None,
 ) -> Tensor:
     """Attention of `q` [rows, heads, head_dim] over `k`, `v` [rows, key heads, head_dim], as `q`.
 
     CUDA tensors of float16, bfloat16 or float32; products of float32 are taken in float32.
-    Differentiable where `walks` of the same fold are given.
+    Differentiable where the `tree_gradients` of the same fold are given.
     """
     if not torch.is_grad_enabled():
         # Without what autograd takes of the host's time for a call.
         return tree_forward(q, k, v, mask, scale, softcap, with_lse=False)[0]
-    return _TreeAttention.apply(q, k, v, mask, walks, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
+    return _TreeAttention.apply(q, k, v, mask, gradients, scale, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache
@@ -56,22 +67,23 @@ def compile_kernels(
     fold = Fold.from_sequences([[0] * COMPILED_ROWS], layout="depth_first")
     q, k = (torch.zeros(COMPILED_ROWS, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads))
     # Of more than one walk for a block of keys.
-    walks = tree_walks(fold, q, k, window, None, longest=1)
-    mask = tree_mask(fold, q, k, window)
-    out, lse = tree_forward(q, k, k, mask, 1.0, None)
-    tree_backward(q, k, k, out, lse, out, mask, walks, 1.0, None)
+    gradients = tree_gradients(fold, q, k, window, None, longest=1)
+    out, lse = tree_forward(q, k, k, forward_mask(fold, q, k, window), 1.0, None)
+    tree_backward(q, k, k, out, lse, out, gradients, 1.0, None)
 
 
-def tree_walks(
+def tree_gradients(
     fold: Fold, q: Tensor, k: Tensor, window: int | None, softcap: float | None, longest: int | None = None
-) -> Walks:
-    """The walks of `fold`'s keys by which `tree_backward` has the gradients, of no more than `longest` rows each."""
+) -> TreeGradients:
+    """By what `tree_backward` has the gradients: walks of `fold`'s keys, of no more than `longest` rows each."""
     group, head_dim = q.shape[1] // k.shape[1], q.shape[-1]
     plain = window is None and softcap is None and not torch.are_deterministic_algorithms_enabled()
     if plain and group <= HOPPER_TILES.tile and hopper_gradient_kernels(q.device, q.dtype, head_dim):
-        return key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=longest)
+        walks = key_walks(fold, q, k, HOPPER_TILES, HOPPER_PROGRAMS, aligned=True, longest=longest)
+        return TreeGradients(walks, None)
     tiles = key_gradient_tiles(head_dim, q.dtype, group)
-    return key_walks(fold, q, k, tiles, PROGRAMS, aligned=False, longest=longest)
+    walks = key_walks(fold, q, k, tiles, PROGRAMS, aligned=False, longest=longest)
+    return TreeGradients(walks, tree_mask(fold, q, k, window))
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -81,14 +93,14 @@ class _TreeAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: TreeMask,
-        walks: Walks | None,
+        mask: ForwardMask,
+        gradients: TreeGradients | None,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        out, lse = tree_forward(q, k, v, mask, scale, softcap, with_lse=walks is not None)
+        out, lse = tree_forward(q, k, v, mask, scale, softcap, with_lse=gradients is not None)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = mask, walks, scale, softcap
+        ctx.options = gradients, scale, softcap
         return out
 
     @staticmethod
@@ -102,7 +114,7 @@ def tree_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: TreeMask,
+    mask: ForwardMask,
     scale: float,
     softcap: float | None,
     *,
@@ -112,10 +124,10 @@ def tree_forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     rows, heads, head_dim = q.shape
     lse = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-    if kernel := hopper_kernel(q.device, q.dtype, head_dim):
+    if isinstance(mask, PathBlocks):
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        out = hopper_attention(kernel, q, k, v, mask, scale, softcap, lse if with_lse else None)
-        return out, lse
+        kernel = hopper_kernel(q.device, q.dtype, head_dim)
+        return hopper_attention(kernel, q, k, v, mask, scale, softcap, lse if with_lse else None), lse
     kv_heads = k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kernels.forward[((len(mask.full) - 1) * kv_heads,)](
@@ -135,16 +147,16 @@ def tree_backward(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    mask: TreeMask,
-    walks: Walks,
+    gradients: TreeGradients,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from what `tree_forward` took and gave and its output's gradient."""
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
-    if walks.tiles == HOPPER_TILES:
+    walks, mask = gradients.walks, gradients.mask
+    if mask is None:
         q, k, v, out, dout = map(_aligned, (q, k, v, out, dout))
-        return hopper_gradients(q, k, v, out, lse, dout, mask.subtree_end, walks, scale)
+        return hopper_gradients(q, k, v, out, lse, dout, walks, scale)
     rows, _, _ = q.shape
     kv_heads = k.shape[1]
     delta = torch.empty_like(lse)

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radix_mlp.fold import Fold
-from radix_mlp.torch.fold import to_device
 
 Arrays = dict[str, NDArray[np.integer[Any]]]
 
@@ -67,35 +66,35 @@ class TreeMask:
     partial: Tensor
     blocks: Tensor
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a query block and a key block it lists."""
+        return self.blocks.shape[0]
 
-def tree_mask(fold: Fold, q: Tensor, k: Tensor, window: int | None) -> TreeMask:
-    """The mask of a depth-first `fold` for `q` [rows, heads, head_dim] and `k` [rows, key heads, head_dim]."""
-    tiles, group = forward_tiles(q.shape[-1], q.dtype), q.shape[1] // k.shape[1]
+    @staticmethod
+    def arrays(fold: Fold, tiles: Tiles, group: int, window: int | None) -> Arrays:
+        """Those of the mask of a depth-first `fold`, for `group` heads a key head."""
+        assert fold.subtree_end is not None
+        query_block, key_block = tiles.tile // group, tiles.key_block
+        blocks = fold.block_mask(query_block, key_block)
+        lists = [blocks.full, blocks.partial]
+        depth = fold.subtree_end
+        if window is not None:
+            depth = _depth(fold)
+            lists = [_within(window, depth, query_block, key_block, *listed) for listed in lists]
+        (full, full_blocks), (partial, partial_blocks) = lists
+        return {
+            "subtree_end": fold.subtree_end,
+            "depth": depth,
+            "full": full,
+            "partial": partial + np.uintp(len(full_blocks)),
+            "blocks": np.concatenate([full_blocks, partial_blocks]),
+        }
 
-    def make() -> TreeMask:
-        return TreeMask(tiles, window, **to_device(tree_arrays(fold, tiles, group, window), q.device))
-
-    return fold.derived(("tree", q.device, tiles, group, window), make)
-
-
-def tree_arrays(fold: Fold, tiles: Tiles, group: int, window: int | None) -> Arrays:
-    """The arrays of the `TreeMask` of a depth-first `fold`, for `group` heads a key head."""
-    assert fold.subtree_end is not None
-    query_block, key_block = tiles.tile // group, tiles.key_block
-    blocks = fold.block_mask(query_block, key_block)
-    lists = [blocks.full, blocks.partial]
-    depth = fold.subtree_end
-    if window is not None:
-        depth = _depth(fold)
-        lists = [_within(window, depth, query_block, key_block, *listed) for listed in lists]
-    (full, full_blocks), (partial, partial_blocks) = lists
-    return {
-        "subtree_end": fold.subtree_end,
-        "depth": depth,
-        "full": full,
-        "partial": partial + np.uintp(len(full_blocks)),
-        "blocks": np.concatenate([full_blocks, partial_blocks]),
-    }
+    @staticmethod
+    def most(rows: int, tiles: Tiles, group: int) -> dict[str, int]:
+        """How long the arrays can be whose length is not that of every fold of so many rows."""
+        return {"blocks": -(-rows // (tiles.tile // group)) * -(-rows // tiles.key_block)}
 
 
 def _depth(fold: Fold) -> NDArray[np.uint32]:

@@ -26,7 +26,7 @@ class Walks:
     `tiles.tile // (heads // key heads)` rows. A block's first step begins with its first row or, where the walks are
     `aligned`, is the one that has it when steps are counted from row 0. Where a walk has all steps that see the block,
     `part[i]` is 0; else it is part `part[i] - 1`, and parts `first_part[j]:first_part[j + 1]` are those of key block
-    `split_block[j]`.
+    `split_block[j]`. `subtree_end` [rows] is the fold's.
     """
 
     tiles: Tiles
@@ -37,6 +37,7 @@ class Walks:
     part: Tensor
     split_block: Tensor
     first_part: Tensor
+    subtree_end: Tensor
     parts: int
 
 
@@ -88,4 +89,5 @@ def walk_arrays(
         "part": np.where(is_part, np.cumsum(is_part), 0),
         "split_block": np.flatnonzero(counts > 1),
         "first_part": np.append(0, np.cumsum(counts[counts > 1])),
+        "subtree_end": fold.subtree_end,
     }

@@ -13,8 +13,8 @@ from radix_mlp.fold import Fold
 from radix_mlp.torch.dispatch import unsupported
 from radix_mlp.torch.eager import eager, eager_itself
 from radix_mlp.torch.fold import pack, packed_size, sections
+from radix_mlp.torch.forward_mask import ForwardMask, mask_kind
 from radix_mlp.torch.tree import tree_attention
-from radix_mlp.torch.tree_mask import TreeMask, forward_tiles, tree_arrays
 from radix_mlp.transformers.attention import KEYWORD, FoldedAttention
 from radix_mlp.transformers.support import UnsupportedModelError
 
@@ -30,7 +30,7 @@ class GraphAttention:
 
     def __init__(self, fold: Fold) -> None:
         self.fold = fold
-        self.masks: dict[int | None, tuple[TreeMask, Tensor, int]] = {}
+        self.masks: dict[int | None, FixedMask] = {}
         self.windows: Counter[int | None] = Counter()
 
     @eager
@@ -41,25 +41,35 @@ class GraphAttention:
         if window not in self.masks:
             if problem := unsupported("tree", q, k, v, self.fold, softcap):
                 raise UnsupportedModelError(f"CUDA graphs attend by the tree kernel, which {problem}")
-            self._add(q, k, window)
-        mask, _, _ = self.masks[window]
+            self.masks[window] = FixedMask(self.fold, q, k, window)
+        mask = self.masks[window].mask
         return tree_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
 
-    def _add(self, q: Tensor, k: Tensor, window: int | None) -> None:
-        group = q.shape[1] // k.shape[1]
-        tiles = forward_tiles(q.shape[-1], q.dtype)
-        arrays = tree_arrays(self.fold, tiles, group, window)
-        # Every query block may come to see every key block.
-        sizes = {name: len(array) for name, array in arrays.items()}
-        sizes["blocks"] = (len(arrays["full"]) - 1) * -(-len(q) // tiles.key_block)
+    def load(self, fold: Fold) -> None:
+        for mask in self.masks.values():
+            mask.load(fold)
+
+
+class FixedMask:
+    """A mask in memory that holds that of any fold of as many rows."""
+
+    mask: ForwardMask
+
+    def __init__(self, fold: Fold, q: Tensor, k: Tensor, window: int | None) -> None:
+        self.kind, tiles = mask_kind(q)
+        self.cut = tiles, q.shape[1] // k.shape[1], window
+        sizes = {name: len(array) for name, array in self.kind.arrays(fold, *self.cut).items()}
+        sizes |= self.kind.most(len(q), *self.cut[:2])
         memory = torch.zeros(packed_size(sizes.values()), dtype=torch.int32, device=q.device)
-        self.masks[window] = (TreeMask(tiles, window, **sections(memory, sizes)), memory, group)
-        self.load(self.fold)
+        self.arrays = sections(memory, sizes)
+        self.mask = self.kind(tiles, window, **self.arrays)
+        self.load(fold)
 
     def load(self, fold: Fold) -> None:
-        for mask, memory, group in self.masks.values():
-            packed = pack(tree_arrays(fold, mask.tiles, group, mask.window), pinned=True)
-            memory[: len(packed)].copy_(packed, non_blocking=True)
+        arrays = self.kind.arrays(fold, *self.cut)
+        packed = sections(pack(arrays, pinned=True), {name: len(array) for name, array in arrays.items()})
+        for name, array in packed.items():
+            self.arrays[name][: len(array)].copy_(array, non_blocking=True)
 
 
 class Graph:
