@@ -23,7 +23,7 @@ import gpu_training.targets  # noqa: E402
 from gpu_forward.checks import missed  # noqa: E402
 from gpu_forward.targets import FOLDED, OTHER_SIZES, UNFOLDED, fastest, pooled  # noqa: E402
 from readme import REPORT, RESULTS, write_sections  # noqa: E402
-from steady import method  # noqa: E402
+from steady import method, names  # noqa: E402
 
 # Speed-ups over `none`, by their column's title.
 COLUMNS = {
@@ -71,11 +71,21 @@ def forward(result: Row) -> str:
         cells = [row["batch"], size, shape, f"{row['flop_compression']:.2f}", *speeds, best]
         lines.append(f"| {' | '.join(cells)} |")
     checks = missed(gpu_forward.targets.targets(result["rows"]))
-    return "\n".join([*lines, "", method(result["rows"]), "", flips(result["rows"]), "", checks])
+    parts = [method(result["rows"]), same_bits(result["rows"]), flips(result["rows"]), checks]
+    return "\n\n".join(["\n".join(lines), *filter(None, parts)])
 
 
 def ratio(slow: float | None, fast: float | None) -> str:
     return "" if slow is None or fast is None else f"{slow / fast:.2f}"
+
+
+def same_bits(rows: list[Row]) -> str:
+    """Of which rows folding changed no bit of the states."""
+    folded = ("mlp", "full", "full graphs")
+    same = [row for row in rows if all(row["difference"].get(name, 0) == 0 for name in folded)]
+    return (
+        f"Last tokens' states of `mlp` and `full` are those of `none` to the bit: {names(same, rows)}." if same else ""
+    )
 
 
 def flips(rows: list[Row]) -> str:
@@ -100,7 +110,7 @@ def flips(rows: list[Row]) -> str:
     return (
         f"Of {pooled(found, 'decisions', 'sampled'):,} top-1 decisions at random weights (0.6B), `none` differs from "
         f"float32 in {share('none from float32')} and `full` in {share('full from float32')}; from `none`, `full` "
-        f"differs in {share('full from none')}{more}, `none` {others}: bf16 sums run in another order.{alone}"
+        f"differs in {share('full from none')}{more}, `none` {others}.{alone}"
     )
 
 

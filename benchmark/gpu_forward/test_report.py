@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from gpu_forward.report import SECTIONS, flips, forward, measured, sections
+from gpu_forward.report import SECTIONS, flips, forward, measured, same_bits, sections
 from gpu_training.report import section
 from readme import REPORT, with_sections
 
@@ -43,6 +43,18 @@ def test_decisions_of_other_kernels_are_told_where_they_were_counted() -> None:
     assert "both sides the fold flips 1.50 %, another size up to 2.00 %." in flips([{"flips": counted}])
     counted = {name: count for name, count in counted.items() if "tree" not in name}
     assert "padded" not in flips([{"flips": counted | {"full from none": {"sampled": 1}}}])
+
+
+def test_equal_bits_are_told_of_the_rows_that_have_them() -> None:
+    def row(batch: str, **difference: float) -> dict[str, Any]:
+        return {"shape": "qwen3-4b", "batch": batch, "difference": {"padded": 0.1, **difference}}
+
+    rows = [row("a", mlp=0.0, full=0.0), row("b", mlp=0.0, full=0.1), row("c", mlp=0.1, full=0.0)]
+    assert same_bits(rows).endswith("to the bit: 4B (a).")
+    assert same_bits(rows[1:]) == ""
+    assert (
+        same_bits([row("a", mlp=0.0, full=0.0) | {"difference": {"mlp": 0.0, "full": 0.0, "full graphs": 0.1}}]) == ""
+    )
 
 
 def test_training() -> None:

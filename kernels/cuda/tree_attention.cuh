@@ -244,7 +244,9 @@ template <typename T, int HEAD_DIM, int PARTS, int WIDTH> struct Queries {
                     *to = Half<T>::pack(acc[m][n][2 * half] * inverse, acc[m][n][2 * half + 1] * inverse);
                 }
                 if (lse && at < tile.entries && lane % 4 == 0) {
-                    const float logarithm = (peak[m][half] * unit + log2f(sum)) / LOG2_E;
+                    // As PyTorch, too.
+                    const float natural = given.softcap > 0 ? 1 / LOG2_E : given.scale;
+                    const float logarithm = fmaf(peak[m][half], natural, __logf(sum));
                     lse[uint64_t(tile.head(at)) * given.rows + tile.row(at)] = logarithm;
                 }
             }

@@ -333,5 +333,6 @@ using std::max;
 using std::min;
 
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
