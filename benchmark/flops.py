@@ -22,6 +22,11 @@ def attention_flops(config: Qwen3Config, fold: Fold) -> int:
     return 4 * pairs * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
+def forward_flops(config: Qwen3Config, fold: Fold) -> int:
+    """Of all layers over the rows of `fold`."""
+    return linear_flops(config, fold.num_nodes) + attention_flops(config, fold)
+
+
 def head_flops(config: Qwen3Config, rows: int) -> int:
     """Of the logits of `rows` rows."""
     return 2 * rows * config.hidden_size * config.vocab_size
@@ -41,6 +46,6 @@ def flop_compression(config: Qwen3Config, sequences: list[list[int]], prompt: in
 
     def flops(fold: Fold) -> int:
         rows = len(np.unique(fold.scatter_indices[counted]))
-        return linear_flops(config, fold.num_nodes) + attention_flops(config, fold) + head_flops(config, rows)
+        return forward_flops(config, fold) + head_flops(config, rows)
 
     return flops(unshared) / flops(fold)

@@ -15,7 +15,8 @@ the CPU as a tokenizer gives them:
 
 "device_ms" is the time between two CUDA events around the call, "wall_ms" that until the device is done; the fold on
 the host lies within both. "peak_gib" is what the first call allocates beside the weights, its output included.
-"flips" counts decisions that differ, "flop_compression" is how many times fewer flops the fold leaves.
+"flips" counts decisions that differ, "flop_compression" is how many times fewer flops the fold leaves, "unshared_flops"
+how many the unshared batch takes for each that it leaves.
 
     python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_forward/measure.py --shapes qwen3-4b --only rerank "nothing shared"
@@ -35,12 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
 
-from flops import flop_compression  # noqa: E402
+from flops import flop_compression, forward_flops  # noqa: E402
 from gpu_forward.batches import Batch, load, unshared  # noqa: E402
 from gpu_forward.flips import flips  # noqa: E402
 from gpu_forward.models import SHAPES, padded, random_model, twin  # noqa: E402
@@ -110,7 +111,7 @@ def columns(model: PreTrainedModel, batch: Batch, folded: Fold) -> dict[str, Cal
     calls["padded compiled"] = Column(model, batch, compiled=True)
     for level, rows in (("none", folded.num_tokens), ("full", folded.num_nodes)):
         calls[f"{level} compiled"] = Column(model, batch, level, graphs=takes_graph(rows), compiled=True)
-    if folded.num_nodes < SMALL and folded.num_nodes < folded.num_tokens:
+    if has_unshared(folded):
         same = unshared(batch, folded.num_nodes)
         calls["unshared"] = Column(model, same, "none")
         graphs = takes_graph(folded.num_nodes)
@@ -256,6 +257,21 @@ def speedups(times: dict[str, list[float]]) -> dict[str, float]:
     return result
 
 
+def flops(config: Qwen3Config, batch: Batch) -> dict[str, float]:
+    """What stands beside a row's times."""
+    folded = Fold.from_sequences(batch)
+    found = {"flop_compression": round(flop_compression(config, batch, None), 4)}
+    if has_unshared(folded):
+        same = Fold.from_sequences(unshared(batch, folded.num_nodes))
+        found["unshared_flops"] = round(forward_flops(config, same) / forward_flops(config, folded), 4)
+    return found
+
+
+def has_unshared(folded: Fold) -> bool:
+    """Whether the batch is held to one of as many unshared tokens."""
+    return folded.num_nodes < SMALL and folded.num_nodes < folded.num_tokens
+
+
 def fold_ms(batch: Batch) -> float:
     """The fold alone, on the host: what a call does before it computes anything."""
     ids, mask = padded(batch)
@@ -307,7 +323,7 @@ def main() -> None:
         model = random_model(shape, DEVICE)
         for name in tqdm(batches, desc=shape):
             row = {"shape": shape, "batch": name} | measure(model, batches[name], given.rounds, seconds)
-            row["flop_compression"] = round(flop_compression(SHAPES[shape], batches[name], None), 4)
+            row |= flops(SHAPES[shape], batches[name])
             release()
             if shape in ("tiny", "qwen3-0.6b"):
                 row["flips"] = flips(model, batches[name], pairs=name == "rerank")

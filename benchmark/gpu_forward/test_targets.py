@@ -58,6 +58,11 @@ def test_unshared_batch_of_as_many_tokens(graphs: float, met: bool) -> None:
     assert only([measured])["met"] is met
 
 
+def test_flops_of_the_unshared_batch_are_told() -> None:
+    measured = row(nodes=2000, none=100.0, full=26.0, unshared=25.0) | {"unshared_flops": 0.87654}
+    assert only([measured])["worst"] == "tree; flops 0.8765"
+
+
 def test_rounds_beside_the_unshared_batch_count() -> None:
     measured = row(nodes=2000, none=100.0, full=30.0, unshared=25.0)
     assert not only([measured])["met"]
