@@ -105,9 +105,17 @@ struct Cut {
     depth: Vec<u32>,
     blocks: Vec<[u32; 4]>,
     above: Vec<u32>,
-    /// The block before each on its path.
-    before: Vec<Option<usize>>,
+    places: Vec<Place>,
     path: Vec<Entered>,
+}
+
+/// Where a block is on its path.
+struct Place {
+    /// How many blocks are before it, and the next of them.
+    level: usize,
+    before: Option<usize>,
+    /// The row of its last key, if the path goes on so far.
+    last: usize,
 }
 
 /// A chain on the path, the depth of the row after it, and the block of its last row.
@@ -124,7 +132,7 @@ impl Cut {
             depth: Vec::with_capacity(rows),
             blocks: Vec::new(),
             above: Vec::new(),
-            before: Vec::new(),
+            places: Vec::new(),
             path: Vec::new(),
         }
     }
@@ -165,9 +173,13 @@ impl Cut {
     /// A block from row `first` on, at `depth`, where the path ends; `last` is the block of the row above.
     fn begin(&mut self, first: usize, depth: usize, last: Option<usize>) -> usize {
         let (shared, above) = (depth % self.key_block, self.above.len());
-        self.before.push(match shared {
-            0 => last,
-            _ => last.and_then(|last| self.before[last]),
+        self.places.push(Place {
+            level: depth / self.key_block,
+            before: match shared {
+                0 => last,
+                _ => last.and_then(|last| self.places[last].before),
+            },
+            last: first + self.key_block - 1 - shared,
         });
         self.blocks
             .push([first, first, depth, above].map(|number| number as u32));
@@ -181,9 +193,7 @@ impl Cut {
 
     /// Whether all of `queries` see all keys of the block.
     fn is_whole(&self, block: usize, queries: &Range<usize>) -> bool {
-        let [first, end, depth, _] = self.blocks[block].map(|number| number as usize);
-        let last = first + self.key_block - 1 - depth % self.key_block;
-        last <= queries.start && queries.end <= end
+        self.places[block].last <= queries.start && queries.end <= self.blocks[block][1] as usize
     }
 }
 
@@ -211,7 +221,7 @@ impl<'a> Seen<'a> {
 
     /// Those of `queries`, the deepest first.
     fn by(&mut self, queries: Range<usize>) -> &[usize] {
-        let Cut { blocks, before, .. } = self.cut;
+        let Cut { blocks, places, .. } = self.cut;
         let starts_by = |block: usize, row: usize| {
             blocks
                 .get(block)
@@ -226,10 +236,10 @@ impl<'a> Seen<'a> {
             while let Some(block) = next.filter(|&block| self.seen_at[block] != queries.start) {
                 self.seen_at[block] = queries.start;
                 self.listed.push(block);
-                next = before[block];
+                next = places[block].before;
             }
         }
-        let level = |block: usize| blocks[block][2] as usize / self.cut.key_block;
+        let level = |block: usize| places[block].level;
         if let Some(window) = self.window {
             let shallowest = self.cut.depth[queries].iter().min().copied().unwrap_or(0);
             let reach = (shallowest as usize).saturating_sub(window as usize - 1);

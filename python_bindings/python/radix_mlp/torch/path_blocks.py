@@ -65,7 +65,8 @@ class PathBlocks:
     def most(rows: int, tiles: Tiles, group: int) -> dict[str, int]:
         """How long the arrays can be whose length is not that of every fold of so many rows.
 
-        Each block has a row of its own, and each query block may see every block.
+        Each block has a row of its own. A query block sees those of its rows, and before them those of one path.
         """
-        queries = -(-rows // (tiles.tile // group))
-        return {"blocks": 4 * rows, "above": (tiles.key_block - 1) * rows, "listed": queries * rows}
+        own = tiles.tile // group
+        seen = own + -(-rows // tiles.key_block)
+        return {"blocks": 4 * rows, "above": (tiles.key_block - 1) * rows, "listed": -(-rows // own) * seen}
