@@ -1,10 +1,11 @@
 """The masks of tree attention in memory that holds those of any fold of as many rows."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
@@ -27,19 +28,40 @@ def folds_of_as_many_rows(draw: st.DrawFn) -> Fold:
     return Fold.from_sequences(paths, layout="depth_first")
 
 
-@given(folds_of_as_many_rows(), st.sampled_from([1, 2, 3]), st.one_of(st.none(), st.integers(1, 50)))
+CHAIN = Fold.from_sequences([range(ROWS)], layout="depth_first")
+groups, windows = st.sampled_from([1, 2, 3]), st.one_of(st.none(), st.integers(1, 50))
+
+
+@given(fold=folds_of_as_many_rows(), group=groups, window=windows)
+# All query blocks of few rows, which see many blocks of keys.
+@example(fold=CHAIN, group=3, window=None)
 @pytest.mark.parametrize("kind", [TreeMask, PathBlocks])
 def test_no_array_is_longer_than_what_it_is_given(kind: Any, fold: Fold, group: int, window: int | None) -> None:
     assert fold.num_rows == ROWS
-    tiles = Tiles(24, 8, 4, 1)
+    tiles = Tiles(24, 4, 4, 1)
     most = kind.most(ROWS, tiles, group)
-    chain = Fold.from_sequences([range(ROWS)], layout="depth_first")
-    same = {name: len(array) for name, array in kind.arrays(chain, tiles, group, window).items()}
+    same = {name: len(array) for name, array in kind.arrays(CHAIN, tiles, group, window).items()}
     for name, array in kind.arrays(fold, tiles, group, window).items():
         if name in most:
             assert len(array) <= most[name]
         else:
             assert len(array) == same[name]
+
+
+@given(fold=folds_of_as_many_rows(), group=groups, window=windows)
+# Query blocks that see key blocks whole.
+@example(fold=CHAIN, group=2, window=20)
+def test_path_blocks_are_those_of_the_mask(fold: Fold, group: int, window: int | None) -> None:
+    tiles = Tiles(24, 8, 4, 1)
+    mask, arrays = fold.path_mask(24 // group, 8, window), PathBlocks.arrays(fold, tiles, group, window)
+    assert arrays["blocks"].tolist() == mask.blocks.ravel().tolist()
+    assert arrays["above"].tolist() == mask.above.tolist()
+    assert arrays["depth"].tolist() == ([] if window is None else mask.depth.tolist())
+    for name, (offsets, indices) in (("partial", mask.partial), ("full", mask.full)):
+        assert len(arrays[name]) == len(offsets)
+        bounds = zip(itertools.pairwise(arrays[name].tolist()), itertools.pairwise(offsets.tolist()), strict=True)
+        for own, given_ones in bounds:
+            assert arrays["listed"][slice(*own)].tolist() == indices[slice(*given_ones)].tolist()
 
 
 def test_leaves_below_one_branch_fill_what_there_is() -> None:
