@@ -236,7 +236,8 @@ impl TreeMask {
 ///
 /// Scores are products times `scale`, capped as `softcap * tanh(score / softcap)` where that is given (Gemma 2). Softmax
 /// and sums are float32. On CUDA f16 and bf16, of head_dim 64 and 128; on the CPU any float. Not differentiable.
-/// FlashAttention-2 (arXiv 2307.08691) over block lists.
+/// FlashAttention-2 (arXiv 2307.08691) over blocks of paths; on CUDA in PyTorch's order of sums, so that of head_dim 128
+/// without a cap the bits are those of its FlashAttention over each row's path alone.
 ///
 /// # Errors
 ///
