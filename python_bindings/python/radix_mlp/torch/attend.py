@@ -44,8 +44,10 @@ def attention(
       float32, head_dim up to 256, up to 128 heads for each key head, 64 in float32. Gathers nothing.
       On Hopper CUDA kernels take its place in 16 bits: forward at head_dim 64 and 128, backward at
       128 without softcap and window, where cuda-bindings is installed, as torch does from 2.10 on;
-      the first call compiles them. Gradients of `q` are then added up in any order, so that last
-      bits differ from call to call, unless torch.use_deterministic_algorithms is on.
+      the first call compiles them. Folding then changes no bit of the output, and at head_dim 128
+      without softcap its bits are those of "query_folded". Gradients of `q` are added up in any
+      order, so that last bits differ from call to call, unless
+      torch.use_deterministic_algorithms is on.
     - "query_folded": FlashAttention's varlen kernel, new rows against whole paths. CUDA, float16 or
       bfloat16, head_dim a multiple of 8 up to 256, no softcap. Gathers keys and values.
     - "sequential": scaled_dot_product_attention, one sequence after the other, in bounded memory.
