@@ -19,12 +19,6 @@ __device__ inline void copy16(uint32_t to, const void *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same of 4 bytes.
-__device__ inline void copy4(uint32_t to, const void *from, bool valid) {
-    const int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
 // Closes a group of copies.
 __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -17,8 +17,6 @@ inline void copy16(uint32_t to, const void *from, bool valid) {
     emulator::fiber().open.push_back({to, from, valid, 16});
 }
 
-inline void copy4(uint32_t to, const void *from, bool valid) { emulator::fiber().open.push_back({to, from, valid, 4}); }
-
 inline void commit() {
     emulator::Fiber &own = emulator::fiber();
     own.groups.push_back(std::move(own.open));
