@@ -16,9 +16,6 @@ constexpr int STAGES = 4;
 // A tile of a key head, where its lists begin, and how long the first and both are.
 struct Item {
     uint32_t number, partial, partial_count, full, count;
-
-    // Whether some of the tile's queries do not see some of the i-th block's keys.
-    __device__ bool is_partial(uint32_t i, const Sizes &given) const { return i < partial_count || given.window; }
 };
 
 template <int HEAD_DIM> struct Memory {

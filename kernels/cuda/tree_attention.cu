@@ -1,6 +1,7 @@
 // Tree attention for GPUs of compute capability 8.0 and later: see tree_attention.cuh.
 //
-// Each of six warps has 32 of the tile's queries, as two tiles of the tensor cores' m16n8k16. Keys of the next block come
+// Each of six warps has 32 of the tile's queries, as two tiles of the tensor cores' m16n8k16, and computes nothing of blocks
+// that none of them sees. Keys of the next block come
 // while the softmax of this one is computed, values while its scores are.
 
 #include <launch.cuh>
@@ -11,6 +12,8 @@ namespace {
 constexpr int AMPERE_THREADS = 192;
 // Tiles of the tensor cores that a warp has.
 constexpr int PARTS = 2;
+
+template <typename T, int HEAD_DIM> using Own = Queries<T, HEAD_DIM, PARTS, KEYS>;
 
 // Those of one tile.
 struct Blocks {
@@ -52,8 +55,9 @@ __device__ void load_keys(uint32_t to, const T *from, int64_t stride, const KeyB
     }
 }
 
-template <typename Q>
-__device__ void hide(float (&scores)[PARTS][KEYS / 8][4], const Q &own, const KeyBlock &block, const Sizes &given) {
+template <typename T, int HEAD_DIM>
+__device__ void hide(float (&scores)[PARTS][KEYS / 8][4], const Own<T, HEAD_DIM> &own, const KeyBlock &block,
+                     const Sizes &given) {
     int passed[PARTS][2], seen[PARTS][2];
 #pragma unroll
     for (int m = 0; m < PARTS; ++m) {
@@ -66,46 +70,81 @@ __device__ void hide(float (&scores)[PARTS][KEYS / 8][4], const Q &own, const Ke
     own.hide(scores, passed, seen);
 }
 
+// Of a warp's queries and the keys in shared memory.
+template <typename T, int HEAD_DIM>
+__device__ void multiply_keys(float (&scores)[PARTS][KEYS / 8][4], uint32_t q_memory, uint32_t k_memory) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        uint32_t a[PARTS][4];
+#pragma unroll
+        for (int m = 0; m < PARTS; ++m) {
+            const int row = 16 * (PARTS * warp + m) + lane % 16;
+            load_matrices(a[m], address<TILE>(q_memory, row, 2 * step + lane / 16));
+        }
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; ++n) {
+            uint32_t b[4];
+            const int row = 16 * n + lane / 16 * 8 + lane % 8;
+            load_matrices(b, address<KEYS>(k_memory, row, 2 * step + lane / 8 % 2));
+#pragma unroll
+            for (int m = 0; m < PARTS; ++m) {
+                multiply<T>(scores[m][2 * n], a[m], b[0], b[1]);
+                multiply<T>(scores[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Adds the values in shared memory, times their weights.
+template <typename T, int HEAD_DIM>
+__device__ void add_values(Own<T, HEAD_DIM> &own, const float (&weights)[PARTS][KEYS / 8][4], uint32_t v_memory) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < KEYS / 16; ++step) {
+        uint32_t a[PARTS][4];
+#pragma unroll
+        for (int m = 0; m < PARTS; ++m) {
+            own.pack(weights[m], step, a[m]);
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 16; ++n) {
+            uint32_t b[4];
+            load_transposed(b, address<KEYS>(v_memory, 16 * step + lane % 16, 2 * n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < PARTS; ++m) {
+                multiply<T>(own.acc[m][2 * n], a[m], b[0], b[1]);
+                multiply<T>(own.acc[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
 template <typename T, int HEAD_DIM>
 __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, const uint32_t *depth, const Tile &tile,
                        const Blocks &blocks, const Sizes &given) {
     const uint32_t q_memory = shared_address(shared_memory());
     const uint32_t k_memory = q_memory + TILE * HEAD_DIM * 2;
     const uint32_t v_memory = k_memory + KEYS * HEAD_DIM * 2;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t first = 16 * PARTS * (threadIdx.x / 32);
+    const uint32_t first_row = tile.row(first), last_row = tile.row(first + 16 * PARTS - 1);
 
     load_queries<T, HEAD_DIM>(q_memory, q, tile, given);
-    Queries<T, HEAD_DIM, PARTS, KEYS> own(tile, depth, given);
+    Own<T, HEAD_DIM> own(tile, depth, given);
     KeyBlock next = blocks.at(0);
     load_keys<T, HEAD_DIM>(k_memory, k, given.k_row, next, blocks.above, given.rows);
     commit();
     for (uint32_t i = 0; i < blocks.count; ++i) {
         const KeyBlock block = next;
+        // Whether the warp's queries do.
+        const bool see = block.seen_among(first_row, last_row);
         wait<0>();
         __syncthreads();
         load_keys<T, HEAD_DIM>(v_memory, v, given.v_row, block, blocks.above, given.rows);
         commit();
-
         float scores[PARTS][KEYS / 8][4] = {};
-#pragma unroll
-        for (int step = 0; step < HEAD_DIM / 16; ++step) {
-            uint32_t a[PARTS][4];
-#pragma unroll
-            for (int m = 0; m < PARTS; ++m) {
-                const int row = 16 * (PARTS * warp + m) + lane % 16;
-                load_matrices(a[m], address<TILE>(q_memory, row, 2 * step + lane / 16));
-            }
-#pragma unroll
-            for (int n = 0; n < KEYS / 16; ++n) {
-                uint32_t b[4];
-                const int row = 16 * n + lane / 16 * 8 + lane % 8;
-                load_matrices(b, address<KEYS>(k_memory, row, 2 * step + lane / 8 % 2));
-#pragma unroll
-                for (int m = 0; m < PARTS; ++m) {
-                    multiply<T>(scores[m][2 * n], a[m], b[0], b[1]);
-                    multiply<T>(scores[m][2 * n + 1], a[m], b[2], b[3]);
-                }
-            }
+        if (see) {
+            multiply_keys<T, HEAD_DIM>(scores, q_memory, k_memory);
         }
 
         wait<0>();
@@ -115,6 +154,9 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
             load_keys<T, HEAD_DIM>(k_memory, k, given.k_row, next, blocks.above, given.rows);
         }
         commit();
+        if (!see) {
+            continue;
+        }
         if (given.softcap > 0) {
             own.cap(scores, given);
         }
@@ -124,25 +166,7 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
         float factor[PARTS][2];
         own.weigh(scores, factor);
         own.rescale(factor);
-
-#pragma unroll
-        for (int step = 0; step < KEYS / 16; ++step) {
-            uint32_t a[PARTS][4];
-#pragma unroll
-            for (int m = 0; m < PARTS; ++m) {
-                own.pack(scores[m], step, a[m]);
-            }
-#pragma unroll
-            for (int n = 0; n < HEAD_DIM / 16; ++n) {
-                uint32_t b[4];
-                load_transposed(b, address<KEYS>(v_memory, 16 * step + lane % 16, 2 * n + lane / 16));
-#pragma unroll
-                for (int m = 0; m < PARTS; ++m) {
-                    multiply<T>(own.acc[m][2 * n], a[m], b[0], b[1]);
-                    multiply<T>(own.acc[m][2 * n + 1], a[m], b[2], b[3]);
-                }
-            }
-        }
+        add_values<T, HEAD_DIM>(own, scores, v_memory);
     }
     wait<0>();
     __syncthreads();

@@ -46,6 +46,8 @@ struct alignas(16) KeyBlock {
     __device__ int seen(uint32_t row) const {
         return row < first || row >= end ? 0 : min(row - first + shared() + 1, uint32_t(KEYS));
     }
+    // Whether some of the rows from `low` to `high` see any.
+    __device__ bool seen_among(uint32_t low, uint32_t high) const { return low < end && high >= first; }
     // How many come before the window of a row at `row_depth`.
     __device__ int passed(uint32_t row_depth, uint32_t window) const {
         const uint32_t nearest = row_depth < window ? 0 : row_depth - window + 1;
