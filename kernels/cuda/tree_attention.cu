@@ -1,8 +1,8 @@
 // Tree attention for GPUs of compute capability 8.0 and later: see tree_attention.cuh.
 //
 // Each of six warps has 32 of the tile's queries, as two tiles of the tensor cores' m16n8k16, and computes nothing of blocks
-// that none of them sees. Keys of the next block come
-// while the softmax of this one is computed, values while its scores are.
+// that none of them sees. Keys of the next block come while the softmax of this one is computed, values while its scores
+// are.
 
 #include <launch.cuh>
 #include <tree_attention.cuh>

@@ -168,9 +168,11 @@ def _spans(mask: Tensor) -> Tensor | None:
         kept = mask.bool().byte()
         return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), kept.sum(1)])
     # By NumPy: torch's threads take milliseconds to come together where other work has the cores.
-    bits = (mask.bool() if mask.is_floating_point() else mask).numpy() != 0
-    if bits.all():
+    values = (mask.bool() if mask.is_floating_point() else mask).numpy()
+    # Its fastest pass over integers, which makes no array.
+    if values.size and values.min() > 0:
         return None
+    bits = values != 0
     # NumPy stops at the first, and counts bits faster.
     spans = [bits.argmax(1), mask.shape[1] - bits[:, ::-1].argmax(1), np.count_nonzero(bits, axis=1)]
     return torch.from_numpy(np.stack(spans))
