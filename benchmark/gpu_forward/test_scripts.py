@@ -73,6 +73,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able`:FutureWarning")
 # Dynamo looks at all attributes of what it compiles.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+# It makes one of each operation that has its own gradient.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = tmp_path / "training.json"
     rows = smoke(monkeypatch, "gpu_training/measure.py", result, "--only", "4 x 8 x 1024+512")
@@ -83,3 +85,9 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert row["flop_compression"] > 1
     run(monkeypatch, "gpu_training/plot.py", result)
     assert result.with_suffix(".png").stat().st_size > 0
+
+
+def test_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (row,) = smoke(monkeypatch, "gpu_training/gradients.py", tmp_path / "gradients.json", "--only", "4 x 8 x 256+256")
+    assert min(row["error"].values()) > 0
+    assert row["worst_ratio"] >= row["ratio"] > 0

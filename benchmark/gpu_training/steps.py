@@ -19,7 +19,7 @@ from gpu_forward.models import SHAPES, padded, twin
 from radix_mlp.torch import cross_entropy
 from radix_mlp.transformers import fold
 from radix_torch_varlen import Batch as Folded
-from radix_torch_varlen import Level, Qwen3, Qwen3Config
+from radix_torch_varlen import Level, Qwen3, Qwen3Config, Residual
 
 IGNORED = -100
 # Layers that torch.compile makes one graph of: where rows are few, calls of graphs would be what the GPU waits for.
@@ -71,7 +71,7 @@ def own_model(shape: str) -> Qwen3:
 class Stack(nn.ModuleList):
     """Layers that follow each other, in the place of one."""
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
+    def forward(self, x: Residual, *context: Any) -> Residual:
         for layer in self:
             x = layer(x, *context)
         return x
