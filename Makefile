@@ -73,6 +73,7 @@ bench-gpu: python cuda-bundle
 	$(BIN)/pip install --quiet --no-deps -r benchmark/gpu_training/measure.requirements.txt
 	$(BIN)/python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_training/plot.py
+	$(BIN)/python benchmark/gpu_training/gradients.py
 	$(BIN)/python benchmark/gpu_kernels/measure.py --bundle target/cuda-bundle --batches-file target/gpu_batches.json
 	$(BIN)/python benchmark/gpu_kernels/plot.py
 	$(BIN)/python benchmark/gpu_forward/report.py --write

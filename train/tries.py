@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
 from radix_mlp.torch.dispatch import Backend
 from radix_torch_varlen import Batch, Level, Qwen3, Qwen3Config
@@ -28,6 +29,10 @@ CONFIG = Qwen3Config(
     tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
 )
+
+# As deep as Qwen3-0.6B, and with such weights as it starts to train with.
+DEEP = replace(CONFIG, num_hidden_layers=28)
+DEEP_STD = 0.02
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -52,10 +57,22 @@ def affordable(backend: Backend, sequences: Sequences) -> bool:
     return CUDA or backend != "tree" or sum(map(len, sequences)) <= INTERPRETED_TOKENS
 
 
-def model(dtype: torch.dtype, config: Qwen3Config = CONFIG, *, backend: Backend = "sequential", seed: int = 0) -> Qwen3:
-    """The same random weights in every dtype, up to rounding."""
+def model(
+    dtype: torch.dtype,
+    config: Qwen3Config = CONFIG,
+    *,
+    backend: Backend = "sequential",
+    seed: int = 0,
+    std: float | None = None,
+) -> Qwen3:
+    """The same random weights in every dtype, up to rounding: torch's, or matrices of the standard deviation `std`."""
     torch.manual_seed(seed)
-    return Qwen3(config, backend=backend).to(DEVICE, dtype)
+    own = Qwen3(config, backend=backend)
+    if std is not None:
+        for parameter in own.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=std)
+    return own.to(DEVICE, dtype)
 
 
 def fold_at(level: Level, sequences: Sequences, device: str = DEVICE) -> Batch:

@@ -13,17 +13,20 @@ import triton
 
 from gpu_forward.checks import announce
 from gpu_forward.models import SHAPES
-from machine import cpu, output_of
+from machine import cpu, output_of, refuse_other_kernels
+from radix_mlp._core import cuda_sources
 
 
 class Record:
     """A result file, `{"hardware", "versions", "rows"}`; the rows that other runs put there stay.
 
     No two rows agree in all of `keys`: a new one replaces the old one. Each says with which commit and driver and on
-    which day it was measured. Raises ValueError for a file that another GPU or other versions wrote.
+    which day it was measured. Raises ValueError for a file that another GPU or other versions wrote, RuntimeError where
+    the extension module was built with other kernels than the tree has.
     """
 
     def __init__(self, path: Path, commit: str | None, keys: tuple[str, ...]) -> None:
+        refuse_other_kernels(cuda_sources())
         self.path, self.keys = path, keys
         self.origin = {
             "commit": commit or output_of("git", "describe", "--always", "--dirty"),

@@ -119,6 +119,7 @@ SECTIONS = {
     "gpu_attention": (gpu_attention.report.section, gpu_attention.targets.targets),
     "gpu_kernels": (gpu_kernels.report.section, gpu_kernels.targets.targets),
     "gpu_training": (gpu_training.report.section, gpu_training.targets.targets),
+    "gpu_gradients": (gpu_training.report.gradients, gpu_training.targets.gradient_targets),
 }
 
 

@@ -20,11 +20,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
 
-from gpu_forward.checks import at_most  # noqa: E402
 from gpu_forward.measure import DEVICE, release  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
 from gpu_training.measure import grouped  # noqa: E402
 from gpu_training.steps import Groups, own_model  # noqa: E402
+from gpu_training.targets import gradient_targets  # noqa: E402
 from radix_mlp.torch.dispatch import Backend  # noqa: E402
 from radix_torch_varlen import Batch, Level, Qwen3  # noqa: E402
 
@@ -81,8 +81,7 @@ def main() -> None:
             row = {"shape": shape, "batch": name} | measure(model, precise, grouped(*FORMS[name], smoke=given.smoke))
             record.add(row)
             print(row)
-    rows = [(row["ratio"], f"{row['shape']}, {row['batch']}") for row in record.result["rows"]]
-    record.conclude(at_most("error of a folded step's gradients in bf16 over that of an unfolded one's", 1.0, rows))
+    record.conclude(gradient_targets(record.result["rows"]))
 
 
 if __name__ == "__main__":

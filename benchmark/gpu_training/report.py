@@ -3,7 +3,7 @@
 from typing import Any
 
 from gpu_forward.checks import missed
-from gpu_training.targets import targets
+from gpu_training.targets import gradient_targets, targets
 from steady import method
 
 Row = dict[str, Any]
@@ -41,3 +41,18 @@ def section(result: Row) -> str:
         cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]
         lines.append(f"| {' | '.join([*cells, *speeds, peaks])} |")
     return "\n".join([intro, "", *lines, "", method(result["rows"]), "", missed(targets(result["rows"]))])
+
+
+def gradients(result: Row) -> str:
+    """How far gradients are from those in float32."""
+    intro = (
+        "Distance of a step's gradients in bf16 from those of the unfolded step in float32, of the same weights, over "
+        "the length of these, by the readable model at the Qwen3's size (`python benchmark/gpu_training/gradients.py`, "
+        "[result](results/gpu_gradients.json)):"
+    )
+    lines = ["| batch | Qwen3 | `none` | `full` | `full` over `none` | largest of a parameter |", "|" + "---|" * 6]
+    for row in result["rows"]:
+        errors = [f"{100 * row['error'][level]:.2f} %" for level in ("none", "full")]
+        cells = [row["batch"], row["shape"].removeprefix("qwen3-").upper(), *errors]
+        lines.append(f"| {' | '.join(cells)} | {row['ratio']:.3f} | {row['worst_ratio']:.3f} |")
+    return "\n".join([intro, "", *lines, "", missed(gradient_targets(result["rows"]))])

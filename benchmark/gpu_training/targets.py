@@ -66,3 +66,9 @@ def spread(losses: dict[str, float]) -> float | None:
 
 def name(row: Row) -> str:
     return f"{row['shape']}, {row['batch']}, loss on {row['loss']}"
+
+
+def gradient_targets(rows: list[Row]) -> list[Row]:
+    """Those of gradients.py."""
+    found = [(row["ratio"], f"{row['shape']}, {row['batch']}") for row in rows]
+    return at_most("error of the folded step's gradients over that of the unfolded one's", 1.0, found)
