@@ -63,6 +63,22 @@ fn plan_batches(
     Ok(plan.into_iter().map(|batch| batch.sequences).collect())
 }
 
+/// `values` as 32 bits each; None where one does not fit.
+#[pyfunction]
+fn narrowed<'py>(
+    py: Python<'py>,
+    values: PyReadonlyArray1<'py, i64>,
+) -> PyResult<Option<Array<'py>>> {
+    let values = values.as_slice()?;
+    let mut bits = 0;
+    let narrow = |&value: &i64| {
+        bits |= value as u64;
+        value as u32
+    };
+    let narrow: Vec<u32> = py.detach(|| values.iter().map(narrow).collect());
+    Ok((bits <= u64::from(u32::MAX)).then(|| narrow.into_pyarray(py)))
+}
+
 #[pyclass(frozen, subclass)]
 struct Fold(radix_mlp::Fold);
 
@@ -158,7 +174,7 @@ mod _core {
     #[pymodule_export]
     use super::masks::{block_mask, path_mask};
     #[pymodule_export]
-    use super::{Fold, compute_fold_and_scatter, plan_batches};
+    use super::{Fold, compute_fold_and_scatter, narrowed, plan_batches};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radix_mlp import _core
+
 if TYPE_CHECKING:
     import torch
     from typing_extensions import TypeIs
@@ -42,6 +44,11 @@ def unsigned(name: str, values: Any, dtype: Any = np.uint32) -> NDArray[Any]:
         return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
     if array.size == 0:
         return np.empty(0, dtype)
+    if dtype == np.uint32 and array.dtype == np.int64 and array.flags.c_contiguous and array.flags.aligned:
+        # What most have, in one pass.
+        narrowed = _core.narrowed(array)
+        if narrowed is not None:
+            return narrowed
     limit = np.iinfo(dtype).max
     if array.dtype.kind not in "iu":
         # NumPy makes floats or objects of a list with integers of 2**63 and more.
