@@ -12,8 +12,8 @@ How much is folded is one argument, `Level`:
             is folded again (RadixMLP, arXiv 2601.15013)
     full    N' rows everywhere: a node attends to its path in the trie, and the loss has one row of logits for a node
 
-Read `Batch` first, then `mix`, then `Qwen3.loss`; the rest is Qwen3 as everybody has it. README.md has
-the mathematics, the files test_*.py and proof_*.py the evidence.
+Read `Batch` first, then `mix` and `Qwen3.loss`, and `Residual` for training in bfloat16; the rest is Qwen3 as everybody
+has it. README.md has the mathematics, the files test_*.py and proof_*.py the evidence.
 """
 
 import json
@@ -300,8 +300,8 @@ class Residual(NamedTuple):
 
     @classmethod
     def begin(cls, values: Tensor, level: Level) -> "Residual":
-        precise = level == "none" or _precise(values.dtype) == values.dtype
-        if precise or not torch.is_grad_enabled():
+        rounds = _precise(values.dtype) != values.dtype
+        if level == "none" or not rounds or not torch.is_grad_enabled():
             return cls(values, None)
         return cls(*_Add.apply(torch.zeros_like(values), _carrier(values), values))  # type: ignore[no-untyped-call]
 
