@@ -31,11 +31,15 @@ def _check(target: str, limit: float, worst: tuple[float, str] | None, sign: str
         return []
     value, name = worst
     met = value >= limit if sign == "≥" else value <= limit
-    return [{"target": target, "limit": f"{sign} {_round(limit)}", "value": _round(value), "worst": name, "met": met}]
+    shown, bound = _round(value, 4), _round(limit, 4)
+    if not met and shown == bound:
+        # What is missed by little is not told as the limit.
+        shown = _round(value, 6)
+    return [{"target": target, "limit": f"{sign} {bound}", "value": shown, "worst": name, "met": met}]
 
 
-def _round(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.4g}")
+def _round(value: float, digits: int) -> float:
+    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
 
 
 def sentence(check: Row) -> str:

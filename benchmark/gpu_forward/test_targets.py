@@ -111,6 +111,8 @@ def test_checks() -> None:
     assert at_least("speed", 2, []) == at_most("time", 2, [(None, "a")]) == []
     (slow,) = at_least("speed", 2, [(3.0, "a"), (1.23456, "b"), (None, "c")])
     (fast,) = at_most("time", 2, [(1.0, "a"), (2.0, "b")])
+    (near,) = at_most("time", 1.0, [(1.00049, "a")])
+    assert (near["value"], near["met"]) == (1.00049, False)
     assert (slow["met"], slow["value"], slow["worst"]) == (False, 1.235, "b")
     assert (fast["met"], fast["worst"]) == (True, "b")
     for values in ([nan, 5.0], [5.0, nan]):
