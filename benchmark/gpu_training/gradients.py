@@ -10,7 +10,6 @@ over its length, "ratio" that of `full` over that of `none`, "worst_ratio" the l
 
 import copy
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +51,22 @@ def gradients(model: Qwen3, groups: Groups, level: Level, backend: Backend | Non
     return found
 
 
-def error(found: Gradients, reference: Gradients, names: list[str]) -> float:
-    """The distance over the length of the reference, of the parameters `names`."""
-    squares = sum((found[name] - reference[name]).double().square().sum().item() for name in names)
-    return float((squares / sum(reference[name].double().square().sum().item() for name in names)) ** 0.5)
+def squares(found: Gradients, reference: Gradients) -> dict[str, float]:
+    """The squared distance of each parameter's gradient."""
+    return {name: (found[name] - reference[name]).double().square().sum().item() for name in reference}
 
 
 def measure(model: Qwen3, precise: Qwen3, groups: Groups) -> dict[str, Any]:
     reference = gradients(precise, groups, "none", REFERENCE)
-    none = partial(error, gradients(model, groups, "none", UNFOLDED), reference)
-    full = partial(error, gradients(model, groups, "full", None), reference)
-    names = list(reference)
+    none = squares(gradients(model, groups, "none", UNFOLDED), reference)
+    full = squares(gradients(model, groups, "full", None), reference)
+    length = sum(gradient.double().square().sum().item() for gradient in reference.values())
+    errors = {level: (sum(own.values()) / length) ** 0.5 for level, own in (("none", none), ("full", full))}
     return {
         "tokens": len(groups.labels[False]),
-        "error": {"none": float(f"{none(names):.4g}"), "full": float(f"{full(names):.4g}")},
-        "ratio": round(full(names) / none(names), 4),
-        "worst_ratio": round(max(full([name]) / none([name]) for name in names), 4),
+        "error": {level: float(f"{error:.4g}") for level, error in errors.items()},
+        "ratio": round(errors["full"] / errors["none"], 4),
+        "worst_ratio": round(max(full[name] / none[name] for name in reference) ** 0.5, 4),
     }
 
 

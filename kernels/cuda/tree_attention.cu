@@ -136,7 +136,7 @@ __device__ void ampere(const T *q, const T *k, const T *v, T *out, float *lse, c
     commit();
     for (uint32_t i = 0; i < blocks.count; ++i) {
         const KeyBlock block = next;
-        // Whether the warp's queries do.
+        // Whether some of the warp's queries see it.
         const bool see = block.seen_among(first_row, last_row);
         wait<0>();
         __syncthreads();
