@@ -207,6 +207,12 @@ def test_checkpointing_computes_layers_again() -> None:
     assert len(calls) == 2 * len(own.layers)
 
 
+def test_checkpointing_takes_the_same_gradients_in_bfloat16() -> None:
+    """Those that come from layer to layer as well, of layers that are computed again."""
+    once, again = (step("three levels", "full", torch.bfloat16, checkpointing=on) for on in (False, True))
+    assert difference(again, once) < BOUNDS[torch.float32]
+
+
 def test_many_copies_lose_nothing_in_bfloat16() -> None:
     """A sum in bfloat16 stops at 256, to which it cannot add 1."""
     batch = fold_at("mlp", [[5]] * 300)
