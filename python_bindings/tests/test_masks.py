@@ -2,6 +2,7 @@
 
 import itertools
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
+
+import torch
 
 from radix_mlp import Fold
 from radix_mlp.torch.path_blocks import PathBlocks
@@ -46,6 +49,28 @@ def test_no_array_is_longer_than_what_it_is_given(kind: Any, fold: Fold, group: 
             assert len(array) <= most[name]
         else:
             assert len(array) == same[name]
+
+
+@given(folds=st.tuples(*[folds_of_as_many_rows()] * 2), group=groups, window=windows)
+@pytest.mark.parametrize("kind", [TreeMask, PathBlocks])
+def test_a_fixed_mask_is_that_of_the_fold_that_was_loaded_last(
+    kind: Any, folds: tuple[Fold, Fold], group: int, window: int | None
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("triton")
+    from radix_mlp.transformers.graphs import FixedMask
+
+    tiles = Tiles(24, 8, 4, 1)
+    q, k = torch.empty(ROWS, 2 * group, 16), torch.empty(ROWS, 2, 16)
+    with patch("radix_mlp.transformers.graphs.mask_kind", lambda _: (kind, tiles)):
+        fixed = FixedMask(folds[0], q, k, window)
+    addresses = {name: getattr(fixed.mask, name).data_ptr() for name in kind.arrays(CHAIN, tiles, group, window)}
+    fixed.load(folds[1])
+    assert (fixed.mask.tiles, fixed.mask.window) == (tiles, window)
+    for name, array in kind.arrays(folds[1], tiles, group, window).items():
+        held = getattr(fixed.mask, name)
+        assert held[: len(array)].tolist() == array.tolist()
+        assert held.data_ptr() == addresses[name]
 
 
 @given(fold=folds_of_as_many_rows(), group=groups, window=windows)

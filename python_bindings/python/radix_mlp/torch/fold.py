@@ -92,15 +92,22 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def pack(arrays: Mapping[str, NDArray[np.integer[Any]]], dtype: torch.dtype = torch.int32, *, pinned: bool) -> Tensor:
+def pack(
+    arrays: Mapping[str, NDArray[np.integer[Any]]],
+    dtype: torch.dtype = torch.int32,
+    *,
+    pinned: bool,
+    sizes: Mapping[str, int] | None = None,
+) -> Tensor:
     """One-dimensional arrays of values that are not negative, as `sections` of one integer tensor of the CPU.
 
-    Raises ValueError where int32 cannot hold a value.
+    `sizes` are those of the sections, where arrays are shorter. Raises ValueError where int32 cannot hold a value.
     """
-    sizes = {name: len(array) for name, array in arrays.items()}
+    sizes = {name: len(array) for name, array in arrays.items()} if sizes is None else sizes
     packed = torch.empty(packed_size(sizes.values()), dtype=dtype, pin_memory=pinned)
-    for array, part in zip(arrays.values(), sections(packed, sizes).values(), strict=True):
-        np.copyto(part.numpy(), array, casting="unsafe")
+    for name, part in sections(packed, sizes).items():
+        array = arrays[name]
+        np.copyto(part.numpy()[: len(array)], array, casting="unsafe")
         if dtype == torch.int32 and array.size and array.max() > np.iinfo(np.int32).max:
             raise ValueError(f"{array.max()} does not fit in an int32 tensor")
     return packed

@@ -34,8 +34,8 @@ class PathBlocks:
     depth: Tensor
     partial: Tensor
     full: Tensor
-    above: Tensor
     listed: Tensor
+    above: Tensor
 
     @property
     def pairs(self) -> int:
@@ -57,8 +57,9 @@ class PathBlocks:
             "depth": mask.depth if window is not None else mask.depth[:0],
             "partial": partial,
             "full": full + np.uintp(len(partial_blocks)),
-            "above": mask.above,
             "listed": np.concatenate([partial_blocks, full_blocks]),
+            # Last, as what differs most from fold to fold.
+            "above": mask.above,
         }
 
     @staticmethod
@@ -69,4 +70,4 @@ class PathBlocks:
         """
         own = tiles.tile // group
         seen = own + -(-rows // tiles.key_block)
-        return {"blocks": 4 * rows, "above": (tiles.key_block - 1) * rows, "listed": -(-rows // own) * seen}
+        return {"blocks": 4 * rows, "listed": -(-rows // own) * seen, "above": (tiles.key_block - 1) * rows}

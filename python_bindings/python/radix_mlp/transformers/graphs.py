@@ -60,16 +60,19 @@ class FixedMask:
         self.cut = tiles, q.shape[1] // k.shape[1], window
         sizes = {name: len(array) for name, array in self.kind.arrays(fold, *self.cut).items()}
         sizes |= self.kind.most(len(q), *self.cut[:2])
-        memory = torch.zeros(packed_size(sizes.values()), dtype=torch.int32, device=q.device)
-        self.arrays = sections(memory, sizes)
-        self.mask = self.kind(tiles, window, **self.arrays)
+        self.memory = torch.zeros(packed_size(sizes.values()), dtype=torch.int32, device=q.device)
+        self.mask = self.kind(tiles, window, **sections(self.memory, sizes))
+        # What follows the last array need not be copied.
+        sizes.popitem()
+        self.sizes = sizes
         self.load(fold)
 
     def load(self, fold: Fold) -> None:
+        """In one copy: each costs the host more time than what is copied costs the GPU."""
         arrays = self.kind.arrays(fold, *self.cut)
-        packed = sections(pack(arrays, pinned=True), {name: len(array) for name, array in arrays.items()})
-        for name, array in packed.items():
-            self.arrays[name][: len(array)].copy_(array, non_blocking=True)
+        sizes = {name: len(array) for name, array in arrays.items()} | self.sizes
+        packed = pack(arrays, pinned=self.memory.is_cuda, sizes=sizes)
+        self.memory[: len(packed)].copy_(packed, non_blocking=True)
 
 
 class Graph:
