@@ -3,9 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from ctypes import c_uint32, c_void_p
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,8 +96,8 @@ def launches_of_nothing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
         return (driver.CUresult.CUDA_SUCCESS,)
 
     monkeypatch.setattr(driver, "cuLaunchKernel", launch)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     return launches
 
 

@@ -6,6 +6,7 @@ CUDA builds of torch bring NVRTC and, from 2.10 on, the package cuda-bindings.
 import ctypes
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any
 
@@ -106,6 +107,16 @@ def _load(code: bytes, shared: dict[str, int], device: torch.device) -> list[Any
         for kernel, size in zip(kernels, shared.values(), strict=True):
             check(driver.cuFuncSetAttribute(kernel, most, size))
     return kernels
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of the current one, as Triton asks for it; torch.cuda.current_stream takes as long as a launch."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where `device` is the current one, which is no change but for what setting it again takes."""
+    return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 def launch(

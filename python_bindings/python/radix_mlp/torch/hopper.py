@@ -21,6 +21,8 @@ from radix_mlp.torch.cuda_program import (
     loaded,
     machine_code,
     multiprocessors,
+    on,
+    stream_of,
     tensor_map,
 )
 from radix_mlp.torch.path_blocks import Lists, PathBlocks
@@ -81,12 +83,12 @@ def hopper_attention(
     pointers = [out.data_ptr(), 0 if lse is None else lse.data_ptr(), mask.depth.data_ptr()]
     strides = [step for x in (q, k, v) for step in x.stride()[:2]]
     sizes = Sizes(*strides, rows, heads, group, mask.window or 0, scale, softcap or 0.0)
-    stream = torch.cuda.current_stream(q.device).cuda_stream
+    stream = stream_of(q.device)
     counter = _counter(q.device, stream)
     values = [*maps, *pointers, mask.lists, sizes, tiles, tiles * kv_heads, counter.data_ptr()]
     types = [*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), None, None, ctypes.c_uint32, ctypes.c_uint32]
     blocks = min(tiles * kv_heads, multiprocessors(q.device))
-    with torch.cuda.device(q.device):
+    with on(q.device):
         launch(kernel, blocks, THREADS, shared_bytes(q.shape[-1]), stream, values, [*types, ctypes.c_void_p])
     return out
 

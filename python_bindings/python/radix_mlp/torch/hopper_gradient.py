@@ -18,6 +18,8 @@ from radix_mlp.torch.cuda_program import (
     launch,
     loaded,
     machine_code,
+    on,
+    stream_of,
     tensor_map,
 )
 from radix_mlp.torch.tree_mask import Tiles
@@ -88,13 +90,13 @@ def hopper_gradients(
     gradients = [x.data_ptr() for x in (dq, dk, dv)]
     arrays = walks.subtree_end, walks.key_block, walks.first_step, walks.walk_end, walks.part
     lists = [x.data_ptr() for x in arrays]
-    stream = torch.cuda.current_stream(q.device).cuda_stream
+    stream = stream_of(q.device)
 
     def run(kernel: Any, blocks: int, threads: int, shared: int, maps: list[Any], *pointers: int) -> None:
         types = [*[None] * len(maps), *[ctypes.c_void_p] * len(pointers), None]
         launch(kernel, blocks * kv_heads, threads, shared, stream, [*maps, *pointers, given], types)
 
-    with torch.cuda.device(q.device):
+    with on(q.device):
         outputs = out.data_ptr(), dout.data_ptr(), lse.data_ptr()
         run(begin, steps, BEGIN_THREADS, 0, [], *outputs, pair_numbers, pair_sums)
         sums = pair_numbers, pair_sums, parts, *gradients[1:]

@@ -1,5 +1,6 @@
 """Attention as one operation of compiled graphs, whatever the batch and the backend that its fold has it take."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,7 @@ from radix_mlp.torch.handle import handled
 from radix_mlp.torch.sequential import paths, sequential_attention, sequential_backward
 
 
-@torch.library.custom_op("radix_mlp::attention", mutates_args=())
-def attention_operation(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,8 +43,7 @@ def attention_operation(
     return sequential_attention(q, k, v, paths(fold, q.device), scale, softcap, window).contiguous(), lse
 
 
-@torch.library.custom_op("radix_mlp::attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -77,14 +76,25 @@ def _attention_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@attention_operation.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
+def _attention_shapes(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@_attention_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _operation(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+    """What torch.library.custom_op makes, without its checks of each call's results: they take as long as a launch."""
+    full_name, tag = f"radix_mlp::{name}", torch.Tag.pt2_compliant_tag
+    torch.library.define(full_name, torch.library.infer_schema(function, mutates_args=()), tags=tag)
+    torch.library.impl(full_name, "CompositeExplicitAutograd", function)
+    torch.library.register_fake(full_name, shapes)
+    return getattr(torch.ops.radix_mlp, name).default
+
+
+attention_operation = _operation("attention", _attention, _attention_shapes)
+_attention_backward = _operation("attention_backward", _backward, _backward_shapes)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,4 +108,4 @@ def _gradients(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ..
     return *gradients, *[None] * 6
 
 
-attention_operation.register_autograd(_gradients, setup_context=_keep)
+torch.library.register_autograd("radix_mlp::attention", _gradients, setup_context=_keep)
