@@ -43,8 +43,7 @@ def _round(value: float, digits: int) -> float:
 
 
 def sentence(check: Row) -> str:
-    over_none = f"; over `none` {check['over none']}" if "over none" in check else ""
-    return f"{check['target']}: {check['value']} where {check['limit']} is the target ({check['worst']}{over_none})"
+    return f"{check['target']}: {check['value']} where {check['limit']} is the target ({check['worst']})"
 
 
 def announce(checks: list[Row]) -> None:
@@ -53,7 +52,8 @@ def announce(checks: list[Row]) -> None:
 
 
 def missed(checks: list[Row]) -> str:
-    """The targets that were missed, a sentence each in Markdown; where none was, how many were met."""
-    if all(check["met"] for check in checks):
+    """How many targets were met, and those that were not, a sentence each in Markdown."""
+    below = [f"- Missed: {sentence(check)}." for check in checks if not check["met"]]
+    if not below:
         return f"Targets met: all {len(checks)}."
-    return "\n".join(f"- Missed: {sentence(check)}." for check in checks if not check["met"])
+    return "\n".join([f"Targets met: {len(checks) - len(below)} of {len(checks)}.", "", *below])
