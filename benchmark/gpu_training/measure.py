@@ -3,7 +3,7 @@
 Times in alternation, each way in its own steady state (steady.py), on the same weights and tokens:
 
 - none, mlp, full: the levels of train/radix_torch_varlen.py, `none` and `mlp` with FlashAttention's varlen kernel;
-- none compiled, full compiled: the same with layers by torch.compile, 14 in a graph, whose modules no call checks;
+- none compiled, full compiled: the same with layers by torch.compile, seven in a graph, whose modules no call checks;
 - transformers padded, padding-free: its own Qwen3 as people run it, with sdpa and FlexAttention;
 - transformers folded: the same model, folded by radix_mlp.transformers;
 - PrefixGrouper: where it is installed, for the loss on completions, which is what it is for.
@@ -12,7 +12,7 @@ All compute the logits chunk by chunk; `none`, `mlp` and `full` add the head's g
 (`Head.into_grad`), for a tied one would wait for the end of the step in memory that no fold lowers. "flop_compression"
 is how many times fewer flops the fold leaves. "wall_ms" is the time of a step until the device is done, the fold on the
 host included; labels are the data's. "peak_gib" is what a step takes beside weights and gradients. Where `none` does
-not fit, layers are checkpointed, in all columns, compiled ones 14 at a time.
+not fit, layers are checkpointed, in all columns, compiled ones seven at a time.
 "seconds_of_shapes" are those of the first step and of the median of 20 steps on batches of different shapes.
 
     python benchmark/gpu_training/measure.py --batches-file target/gpu_batches.json

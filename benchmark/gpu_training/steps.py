@@ -23,7 +23,7 @@ from radix_torch_varlen import Level, Qwen3, Qwen3Config, Residual
 
 IGNORED = -100
 # Layers that torch.compile makes one graph of: where rows are few, calls of graphs would be what the GPU waits for.
-LAYERS_OF_A_GRAPH = 14
+LAYERS_OF_A_GRAPH = 7
 # No call checks that modules are still what was compiled, nor what sizes products have: the GPU could wait for that.
 UNCHECKED = {
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
