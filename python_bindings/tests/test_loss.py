@@ -238,6 +238,34 @@ def test_logits_exist_for_one_chunk_at_a_time(
     torch.autograd.grad(loss, leaves)
 
 
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what a GPU would be given to do."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_chunks_do_nothing_that_could_be_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are few, a GPU waits for each of their operations to be launched."""
+
+    def operations(rows: int) -> int:
+        monkeypatch.setattr("radix_mlp.torch.labels.MAX_LOGITS", rows * VOCABULARY)
+        hidden, head, _ = draw(fold, torch.float32, "plain")
+        with Count() as count:
+            cross_entropy(hidden, head, fold, labels)
+        return int(count.operations)
+
+    fold, labels = packed(SEQUENCES, "depth_first")
+    # Five rows predict something. Three products, a softmax and its logarithm, what is read of the logits at labels and
+    # written there, and states in and out.
+    assert operations(rows=1) - operations(rows=5) <= 4 * 19
+
+
 @pytest.mark.parametrize("function", [cross_entropy, log_probs])
 @pytest.mark.parametrize(
     ("limits", "widths"),

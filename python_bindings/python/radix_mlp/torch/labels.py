@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,27 +29,36 @@ class Pairs:
     """The pairs of a row and a label that counts, each once however many tokens have it, in order of rows and labels.
 
     `rows` are the rows that predict something, ascending; pair i is that of `rows[places[i]]` and `labels[i]`, and of
-    `counts[i]` tokens, all together `counted`. `bounds[k]` is where the pairs of `rows[k]` start. Token t has pair
-    `of_token[t]`, of which there is none where its label does not count. Tensors are int64; `labels_on_host` are
-    `labels`.
+    `counts[i]` tokens. `bounds[k]` is where the pairs of `rows[k]` start. Of all `num_tokens` the labels of `tokens`
+    count, which are in the order of their pairs where `order` has them. Tensors are int64, the others are on the host.
     """
 
     rows: Tensor
     places: Tensor
     labels: Tensor
     counts: Tensor
-    of_token: Tensor
-    counted: int
     bounds: NDArray[np.intp]
     labels_on_host: NDArray[np.int64]
+    counts_on_host: NDArray[np.intp]
+    tokens: NDArray[np.intp]
+    order: NDArray[np.intp]
+    num_tokens: int
+
+    @cached_property
+    def of_token(self) -> Tensor:
+        """The pair of each token [N], past the end where it has none; a loss without weights does not ask."""
+        pairs = len(self.labels_on_host)
+        of_token = np.full(self.num_tokens, pairs)
+        of_token[self.tokens[self.order]] = np.repeat(np.arange(pairs), self.counts_on_host)
+        return to_device({"of_token": of_token}, self.rows.device, torch.int64)["of_token"]
 
     def chunks(self, vocabulary: int) -> "Iterator[Chunk]":
         """All rows, a chunk at a time."""
         step = min(_whole_tiles(max(1, MAX_LOGITS // vocabulary)), self._share())
         for start in range(0, len(self.rows), step):
-            rows = self.rows[start : start + step]
-            own = slice(*self.bounds[[start, start + len(rows)]].tolist())
-            yield Chunk(rows, self.places[own] - start, self.labels[own], own)
+            span = slice(start, min(start + step, len(self.rows)))
+            own = slice(*self.bounds[[span.start, span.stop]].tolist())
+            yield Chunk(span, self.rows[span], self.places[own] - start, self.labels[own], own)
 
     def columns(self, vocabulary: int) -> "Iterator[Columns]":
         """All of the vocabulary, some of it at a time, for all rows at once."""
@@ -78,8 +88,9 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of the rows that predict something, and which of all pairs are theirs: of each its place in `rows`."""
+    """The `rows` that are a `span` of all that predict something, and their `own` of all pairs, each at its place."""
 
+    span: slice
     rows: Tensor
     places: Tensor
     labels: Tensor
@@ -115,8 +126,6 @@ def pairs_of(fold: Fold, labels: Tensor, ignore_index: int, vocabulary: int, dev
     key = key[order]
     starts = np.flatnonzero(_differs(key))
     counts = np.diff(starts, append=len(key))
-    of_token = np.full(fold.num_tokens, len(starts))
-    of_token[tokens[order]] = np.repeat(np.arange(len(starts)), counts)
     row_of, label_of = np.divmod(key[starts], vocabulary)
     is_first = _differs(row_of)
     bounds = np.flatnonzero(is_first)
@@ -125,10 +134,17 @@ def pairs_of(fold: Fold, labels: Tensor, ignore_index: int, vocabulary: int, dev
         "places": np.cumsum(is_first) - 1,
         "labels": label_of,
         "counts": counts,
-        "of_token": of_token,
     }
-    on_device = to_device(arrays, device, torch.int64)
-    return Pairs(**on_device, counted=len(tokens), bounds=np.append(bounds, len(starts)), labels_on_host=label_of)
+    on_device, bounds = to_device(arrays, device, torch.int64), np.append(bounds, len(starts))
+    return Pairs(
+        **on_device,
+        bounds=bounds,
+        labels_on_host=label_of,
+        counts_on_host=counts,
+        tokens=tokens,
+        order=order,
+        num_tokens=fold.num_tokens,
+    )
 
 
 def _differs(values: NDArray[Any]) -> NDArray[np.bool_]:

@@ -93,21 +93,26 @@ def logits_of(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Slopes:
-    """The loss's by the logits: softmax(logits) * factor - shift, both [rows], and `added` [pairs] to each label's."""
+    """The loss's by the logits: softmax(logits) * factor - shift, both [rows]; at labels + `added` [pairs] instead."""
 
     factor: Tensor
     shift: Tensor
     added: Tensor
 
+    def part(self, rows: slice, pairs: slice) -> "Slopes":
+        return Slopes(self.factor[rows], self.shift[rows], self.added[pairs])
 
-def softmax_gradient(logits: Tensor, lse: Tensor, slopes: Slopes, place: Tensor, label: Tensor) -> Tensor:
+
+def softmax_gradient(
+    logits: Tensor, chosen: Tensor, lse: Tensor, slopes: Slopes, place: Tensor, label: Tensor
+) -> Tensor:
     """The gradient of `logits` [rows, vocabulary], in their place.
 
-    `lse` is [rows]; `place` and `label` tell row and column of each pair, no two of them the same. Theirs are computed
-    in float32, of whatever dtype the logits are: what is left of a likely label's gradient is small.
+    `lse` is [rows]; `place` and `label` tell row and column of each pair, no two of them the same, and `chosen` are the
+    logits there. Their gradients are computed in float32, of whatever dtype the logits are: what is left of a likely
+    label's is small.
     """
-    own, shift = slopes.factor[place], slopes.shift[place]
-    at_labels = (logits[place, label] - lse[place]).exp_() * own - shift + slopes.added
+    at_labels = torch.addcmul(slopes.added, (chosen - lse[place]).exp_(), slopes.factor[place])
     softmax_(logits, lse, slopes.factor, slopes.shift)
     logits[place, label] = at_labels.to(logits.dtype)
     return logits
@@ -135,7 +140,7 @@ class Sums:
         gradient = gradient.to(states.dtype)
         if self.hidden is not None:
             own = gradient if self.head is None else gradient @ self.head.weight
-            self.hidden[rows] = own.to(self.hidden.dtype)
+            self.hidden.index_copy_(0, rows, own.to(self.hidden.dtype))
         if self.weight is not None:
             _add_product(self.weight, gradient.t(), states)
 
@@ -200,7 +205,8 @@ def _add_columns(
     part = None if head is None else head.part(span)
     logits, slope = logits_of(states[:, span].clone() if head is None else states, part)
     own = replace(slopes, added=slopes.added[columns.own])
-    gradient = softmax_gradient(logits, lse, own, columns.places, columns.labels)
+    chosen = logits[columns.places, columns.labels]
+    gradient = softmax_gradient(logits, chosen, lse, own, columns.places, columns.labels)
     if slope is not None:
         gradient = gradient * slope
     adds = head is not None and head.into_grad

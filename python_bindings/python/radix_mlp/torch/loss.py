@@ -11,7 +11,7 @@ some rows at a time, or for some of the vocabulary.
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -86,7 +86,7 @@ def cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if reduction == "mean":
-        weight /= max(1, pairs.counted)
+        weight /= max(1, len(pairs.tokens))
     terms = _Terms(weight, label_smoothing, z_loss)
     loss: Tensor = _Loss.apply(hidden, *parameters(head), head, pairs, terms)  # type: ignore[no-untyped-call]
     return loss
@@ -144,18 +144,24 @@ class _Terms:
     smoothing: float
     z_loss: float
 
-    def of(self, chunk: Chunk) -> "_Terms":
-        return _Terms(self.weight[chunk.own], self.smoothing, self.z_loss)
+    def of_rows(self, pairs: Pairs) -> Tensor:
+        """The weight of all pairs of each row that predicts something."""
+        return self.weight.new_zeros(len(pairs.rows)).index_add_(0, pairs.places, self.weight)
 
-    def of_rows(self, places: Tensor, lse: Tensor) -> Tensor:
-        """The weight of all pairs of each row of `lse`, where `places` are the pairs' rows."""
-        return torch.zeros_like(lse).index_add_(0, places, self.weight)
+    def slopes(self, pairs: Pairs, row_weight: Tensor, columns: int) -> Slopes:
+        """The loss's, for a vocabulary of so many `columns`, but for what z-loss adds."""
+        shift = row_weight * (self.smoothing / columns)
+        added = self.weight * (self.smoothing - 1)
+        return Slopes(row_weight, shift, added - shift[pairs.places] if self.smoothing else added)
 
-    def slopes(self, places: Tensor, lse: Tensor, columns: int, by: Tensor | float = 1.0) -> Slopes:
-        """Those of `by` times the loss, for a vocabulary of so many `columns`."""
-        row_weight = self.of_rows(places, lse) * by
-        factor, shift = row_weight * (1 + 2 * self.z_loss * lse), row_weight * (self.smoothing / columns)
-        return Slopes(factor, shift, self.weight * ((self.smoothing - 1) * by))
+    def loss(self, row_weight: Tensor, lse: Tensor, chosen: Tensor, mean: Tensor) -> Tensor:
+        """From each row's logsumexp and mean logit, which only smoothing reads, and each pair's logit."""
+        smoothed = self.smoothing * (row_weight * mean).sum() if self.smoothing else 0.0
+        labelled = (1 - self.smoothing) * (self.weight * chosen).sum()
+        return (row_weight * (lse + self.z_loss * lse * lse)).sum() - labelled - smoothed
+
+    def with_z_loss(self, slopes: Slopes, lse: Tensor) -> Slopes:
+        return replace(slopes, factor=slopes.factor * (1 + 2 * self.z_loss * lse)) if self.z_loss else slopes
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -164,22 +170,19 @@ def _autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
 
-def _chunk_loss(
-    hidden: Tensor, head: Head | None, chunk: Chunk, terms: _Terms, sums: Sums | None
-) -> tuple[Tensor, Tensor]:
-    """A chunk's loss and each row's logsumexp; a function, at whose end its logits are freed. Adds to `sums`."""
+def _chunk(
+    hidden: Tensor, head: Head | None, chunk: Chunk, terms: _Terms, slopes: Slopes, sums: Sums | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_Terms.loss` wants of a chunk's logits, which are freed at the function's end. Adds to `sums`."""
     states = hidden[chunk.rows]
     logits, slope = logits_of(states, head)
-    lse = logsumexp(logits)
-    row_weight = terms.of_rows(chunk.places, lse)
-    loss = (row_weight * (lse + terms.z_loss * lse * lse)).sum()
-    loss -= (1 - terms.smoothing) * (terms.weight * logits[chunk.places, chunk.labels]).sum()
-    if terms.smoothing:
-        loss -= terms.smoothing * (row_weight * logits.mean(-1, dtype=lse.dtype)).sum()
+    lse, chosen = logsumexp(logits), logits[chunk.places, chunk.labels]
+    mean = logits.mean(-1, dtype=lse.dtype) if terms.smoothing else lse
     if sums is not None:
-        slopes = terms.slopes(chunk.places, lse, logits.shape[1])
-        sums.add(chunk.rows, states, softmax_gradient(logits, lse, slopes, chunk.places, chunk.labels), slope)
-    return loss, lse
+        own = terms.with_z_loss(slopes.part(chunk.span, chunk.own), lse)
+        gradient = softmax_gradient(logits, chosen, lse, own, chunk.places, chunk.labels)
+        sums.add(chunk.rows, states, gradient, slope)
+    return lse, chosen, mean
 
 
 def _chunk_log_probs(hidden: Tensor, head: Head | None, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -207,22 +210,21 @@ class _Loss(torch.autograd.Function):
         pairs: Pairs,
         terms: _Terms,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[:3]
+        wanted, columns = ctx.needs_input_grad[:3], vocabulary(hidden, head)
         again = head is not None and wanted[1] and has_large_sums(head, len(pairs.rows))
         sums = Sums(hidden, head, wanted) if any(wanted) and not again else None
-        loss = torch.zeros((), dtype=precision(hidden), device=hidden.device)
-        lses = [loss.new_empty(0)]
-        for chunk in pairs.chunks(vocabulary(hidden, head)):
-            own, lse = _chunk_loss(hidden, head, chunk, terms.of(chunk), sums)
-            loss += own
-            lses.append(lse)
+        row_weight = terms.of_rows(pairs)
+        slopes = terms.slopes(pairs, row_weight, columns)
+        parts = [(row_weight[:0],) * 3]
+        parts += [_chunk(hidden, head, chunk, terms, slopes, sums) for chunk in pairs.chunks(columns)]
+        lse, chosen, mean = map(torch.cat, zip(*parts, strict=True))
         ctx.again = (head, pairs, terms, _autocast(hidden.device)) if again else None
         ctx.head = head
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         # Saved, so that they go with the graph: the weight's is float32 of the size of the head.
         gradients = (None,) * 3 if sums is None else sums.all()
-        ctx.save_for_backward(*((hidden, weight, bias, torch.cat(lses)) if again else gradients))
-        return loss
+        ctx.save_for_backward(*((hidden, weight, bias, lse) if again else gradients))
+        return terms.loss(row_weight, lse, chosen, mean)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,7 +237,8 @@ class _Loss(torch.autograd.Function):
         hidden, weight, _, lse = ctx.saved_tensors
         head, pairs, terms, autocast = ctx.again
         with autocast:
-            slopes = terms.slopes(pairs.places, lse, len(weight), upstream[0])
+            terms = replace(terms, weight=terms.weight * upstream[0])
+            slopes = terms.with_z_loss(terms.slopes(pairs, terms.of_rows(pairs), len(weight)), lse)
             return (*gradients_by_columns(hidden, head, pairs, lse, slopes, ctx.needs_input_grad[:3]), None, None, None)
 
 
@@ -259,5 +262,5 @@ class _LogProbs(torch.autograd.Function):
         # A label's log-probability is the loss of its row with the opposite sign.
         terms = _Terms(-upstream[0], 0.0, 0.0)
         with autocast:
-            slopes = terms.slopes(pairs.places, lse, vocabulary(hidden, head))
+            slopes = terms.slopes(pairs, terms.of_rows(pairs), vocabulary(hidden, head))
             return (*gradients_by_columns(hidden, head, pairs, lse, slopes, ctx.needs_input_grad[:3]), None, None)
