@@ -25,10 +25,13 @@ IGNORED = -100
 # Layers that torch.compile makes one graph of: where rows are few, calls of graphs would be what the GPU waits for.
 LAYERS_OF_A_GRAPH = 7
 # No call checks that modules are still what was compiled, nor what sizes products have: the GPU could wait for that.
-UNCHECKED = {
+# No pattern makes one call of a product and the addition behind it, which copies what is added to and keeps it from
+# the norm's kernel, where it costs nothing.
+OPTIONS = {
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
     "size_asserts": False,
     "alignment_asserts": False,
+    "pattern_matcher": False,
 }
 
 Step = Callable[[], Tensor]
@@ -82,7 +85,7 @@ def compiled(own: Qwen3) -> Qwen3:
     fused = copy.deepcopy(own, {id(parameter): parameter for parameter in own.parameters()})
     starts = range(0, len(fused.layers), LAYERS_OF_A_GRAPH)
     fused.layers = nn.ModuleList(Stack(fused.layers[start : start + LAYERS_OF_A_GRAPH]) for start in starts)
-    compile_layers(fused.layers, UNCHECKED)
+    compile_layers(fused.layers, OPTIONS)
     return fused
 
 
