@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_mlp import Fold
 from radix_mlp.torch import Head, cross_entropy, log_probs, next_token_labels
-from radix_mlp.torch.logits import has_large_sums
+from radix_mlp.torch.logits import add_sums, has_large_sums
 from radix_mlp.torch.softmax import softmax_
 
 # Branches, a repeat, a prefix of another, an empty sequence: nodes with several labels and with none.
@@ -144,7 +144,6 @@ def test_gradients_are_added_to_what_a_head_has(
     if again:
         make_logits_again(monkeypatch)
     monkeypatch.setattr("radix_mlp.torch.labels.MAX_LOGITS", 2 * VOCABULARY)
-    monkeypatch.setattr("radix_mlp.torch.logits.ROWS_OF_SUMS", 4)
     fold, labels = packed(SEQUENCES, "depth_first")
     hidden, head, leaves = draw(fold, torch.float64, kind)
     assert head is not None
@@ -160,6 +159,15 @@ def test_gradients_are_added_to_what_a_head_has(
         assert_close(leaf.grad, gradient + start)
     # Autograd has none that would wait.
     assert set(handed) <= {None}
+
+
+def test_sums_are_rounded_once_where_a_head_has_fewer_bits() -> None:
+    torch.manual_seed(0)
+    weight = torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
+    weight.grad, total, by = torch.randn_like(weight), torch.randn(VOCABULARY, HIDDEN), torch.tensor(3.1)
+    expected = (weight.grad.float() + by * total).bfloat16()
+    add_sums(Head(weight), (total, None), by)
+    assert torch.equal(weight.grad, expected)
 
 
 def test_a_tied_head_and_its_embedding_add_up() -> None:

@@ -14,8 +14,6 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # Bytes of float32 sums of a head's gradient, and rows for each element of a hidden state: what is more than the first
 # is most of a step's memory where rows are fewer than the second, and there logits are made twice to do without it.
 LARGE_SUMS, FEW_ROWS = 1 << 30, 8
-# Rows of these sums that are brought to a gradient at once.
-ROWS_OF_SUMS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -157,13 +155,10 @@ def grad(parameter: Tensor) -> Tensor:
 
 
 def add_sums(head: Head, sums: tuple[Tensor | None, ...], by: Tensor) -> None:
-    """Add `by` times the sums of weight and bias to their `grad`, some rows at a time."""
+    """Add `by` times the sums of weight and bias to their `grad`: on a GPU nothing of their size is made on the way."""
     for parameter, total in zip(parameters(head), sums, strict=True):
-        if parameter is None or total is None:
-            continue
-        for start in range(0, len(total), ROWS_OF_SUMS):
-            span = slice(start, start + ROWS_OF_SUMS)
-            grad(parameter)[span] += total[span] * by.to(total.dtype)
+        if parameter is not None and total is not None:
+            grad(parameter).addcmul_(total, by.to(total.dtype))
 
 
 def has_large_sums(head: Head, rows: int) -> bool:
