@@ -11,6 +11,13 @@ pub enum FoldError {
         /// Length of `position_ids`.
         position_ids: usize,
     },
+    /// An id is negative or does not fit in a `u32`.
+    TokenId {
+        /// Index of the first such id.
+        index: usize,
+        /// The id.
+        value: i64,
+    },
     /// The first entry of `cu_seq_lengths` is not 0.
     OffsetsStart {
         /// The first entry.
@@ -71,6 +78,11 @@ impl fmt::Display for FoldError {
             } => write!(
                 f,
                 "input_ids and position_ids must have same length: {input_ids} != {position_ids}"
+            ),
+            Self::TokenId { index, value } => write!(
+                f,
+                "input_ids[{index}] is {value}, which is not in 0..={}",
+                u32::MAX
             ),
             Self::OffsetsStart { first } => {
                 write!(f, "cu_seq_lengths must start at 0, starts at {first}")

@@ -1,11 +1,11 @@
 use std::borrow::Cow;
-use std::ops::Range;
 
 use crate::block_mask::BlockMask;
+use crate::builder::FoldBuilder;
 use crate::error::FoldError;
+use crate::ids::TokenIds;
 use crate::path_mask::PathMask;
-use crate::scatter::{Scatter, Span};
-use crate::trie::{Batch, Trie};
+use crate::scatter::Scatter;
 
 /// In which order the rows of compact space stand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -37,18 +37,18 @@ pub enum Layout {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fold {
-    layout: LayoutData,
-    num_nodes: usize,
-    cu_seq_lengths: Vec<u32>,
-    input_ids: Vec<u32>,
-    position_ids: Vec<u32>,
-    scatter: Scatter,
-    fold_gather: Vec<u32>,
+    pub(crate) layout: LayoutData,
+    pub(crate) num_nodes: usize,
+    pub(crate) cu_seq_lengths: Vec<u32>,
+    pub(crate) input_ids: Vec<u32>,
+    pub(crate) position_ids: Vec<u32>,
+    pub(crate) scatter: Scatter,
+    pub(crate) fold_gather: Vec<u32>,
 }
 
 /// What only one layout has.
 #[derive(Clone, Debug, PartialEq)]
-enum LayoutData {
+pub(crate) enum LayoutData {
     FirstOccurrence {
         query_lengths: Vec<u32>,
     },
@@ -56,214 +56,6 @@ enum LayoutData {
         subtree_end: Vec<u32>,
         row_order: Vec<u32>,
     },
-}
-
-/// Collects what [`Fold::builder`] is to fold; [`build`](Self::build) validates and folds it.
-#[derive(Clone, Copy, Debug)]
-#[must_use = "a builder folds nothing before `build`"]
-pub struct FoldBuilder<'a> {
-    input_ids: &'a [u32],
-    position_ids: Option<&'a [u32]>,
-    cu_seq_lengths: &'a [u32],
-    layout: Layout,
-    pad_multiple_of: Option<usize>,
-    salts: Option<&'a [u64]>,
-}
-
-impl<'a> FoldBuilder<'a> {
-    /// The order of rows; [`Layout::FirstOccurrence`] unless set.
-    pub fn layout(mut self, layout: Layout) -> Self {
-        self.layout = layout;
-        self
-    }
-
-    /// Rounds the number of rows up to a multiple of `rows`. A padding row is token 0 at position
-    /// 0, gathers token 0, and in depth-first layout is a subtree of its own.
-    pub fn pad_multiple_of(mut self, rows: usize) -> Self {
-        self.pad_multiple_of = Some(rows);
-        self
-    }
-
-    /// One salt a sequence, \[sequences\]: sequences of different salts share nothing, as with
-    /// another adapter or another image behind the same tokens.
-    pub fn salts(mut self, salts: &'a [u64]) -> Self {
-        self.salts = Some(salts);
-        self
-    }
-
-    /// Folds the batch, in time linear in N.
-    ///
-    /// # Errors
-    ///
-    /// [`FoldError`] where the slices do not describe a batch. An empty batch and empty sequences
-    /// are valid.
-    pub fn build(self) -> Result<Fold, FoldError> {
-        let batch = self.validate()?;
-        let trie = Trie::new(batch);
-        let num_rows = padded(trie.num_nodes as usize, self.pad_multiple_of)?;
-        Ok(match self.layout {
-            Layout::FirstOccurrence => first_occurrence(batch, trie, num_rows),
-            Layout::DepthFirst => depth_first(batch, trie, num_rows),
-        })
-    }
-
-    fn validate(&self) -> Result<Batch<'a>, FoldError> {
-        let tokens = self.input_ids.len();
-        if let Some(position_ids) = self.position_ids
-            && position_ids.len() != tokens
-        {
-            return Err(FoldError::LengthMismatch {
-                input_ids: tokens,
-                position_ids: position_ids.len(),
-            });
-        }
-        if u32::try_from(tokens).is_err() {
-            return Err(FoldError::TooManyTokens { tokens });
-        }
-        // The published crate takes an empty batch without offsets, too.
-        let offsets = match self.cu_seq_lengths {
-            [] => &[0],
-            offsets => offsets,
-        };
-        if offsets[0] != 0 {
-            return Err(FoldError::OffsetsStart { first: offsets[0] });
-        }
-        if let Some(index) = (1..offsets.len()).find(|&i| offsets[i] < offsets[i - 1]) {
-            return Err(FoldError::OffsetsDecrease {
-                index,
-                previous: offsets[index - 1],
-                next: offsets[index],
-            });
-        }
-        let last = offsets[offsets.len() - 1];
-        if last as usize != tokens {
-            return Err(FoldError::OffsetsEnd { last, tokens });
-        }
-        let sequences = offsets.len() - 1;
-        match self.salts {
-            Some(salts) if salts.len() != sequences => Err(FoldError::SaltsLength {
-                salts: salts.len(),
-                sequences,
-            }),
-            salts => Ok(Batch {
-                input_ids: self.input_ids,
-                position_ids: self.position_ids,
-                cu_seq_lengths: offsets,
-                salts,
-            }),
-        }
-    }
-}
-
-/// `num_nodes` rounded up to a multiple of `pad_multiple_of`.
-fn padded(num_nodes: usize, pad_multiple_of: Option<usize>) -> Result<usize, FoldError> {
-    let multiple = pad_multiple_of.unwrap_or(1);
-    if multiple == 0 {
-        return Err(FoldError::ZeroPadMultiple);
-    }
-    let rows = num_nodes.checked_next_multiple_of(multiple);
-    match rows {
-        Some(rows) if u32::try_from(rows).is_ok() => Ok(rows),
-        _ => Err(FoldError::TooManyTokens {
-            tokens: rows.unwrap_or(usize::MAX),
-        }),
-    }
-}
-
-fn first_occurrence(batch: Batch<'_>, trie: Trie, num_rows: usize) -> Fold {
-    let ends = batch.cu_seq_lengths[1..].iter();
-    let new_runs = ends.zip(&trie.query_lengths);
-    let rows = Rows::gather(batch, new_runs.map(|(&end, &len)| end - len..end), num_rows);
-    let scatter = scatter(trie.spans, |run| trie.runs[run].row);
-    let layout = LayoutData::FirstOccurrence {
-        query_lengths: trie.query_lengths,
-    };
-    rows.into_fold(batch, trie.num_nodes, scatter, layout)
-}
-
-fn depth_first(batch: Batch<'_>, trie: Trie, num_rows: usize) -> Fold {
-    let order = trie.depth_first();
-    let runs = order.iter().map(|&(index, ..)| &trie.runs[index as usize]);
-    let tokens = runs.map(|run| run.start..run.start + run.len);
-    let rows = Rows::gather(batch, tokens, num_rows);
-
-    let mut subtree_end = Vec::with_capacity(num_rows);
-    let mut row_order = Vec::with_capacity(num_rows);
-    let mut row_of_run = vec![0; trie.runs.len()];
-    for (index, row, end) in order {
-        let run = &trie.runs[index as usize];
-        subtree_end.resize((row + run.len) as usize, end);
-        row_order.extend(run.row..run.row + run.len);
-        row_of_run[index as usize] = row;
-    }
-    // Each padding row is a subtree of its own. `padded` checked that `num_rows` fits in a u32.
-    subtree_end.extend(trie.num_nodes + 1..=num_rows as u32);
-    row_order.extend(trie.num_nodes..num_rows as u32);
-
-    let layout = LayoutData::DepthFirst {
-        subtree_end,
-        row_order,
-    };
-    let scatter = scatter(trie.spans, |run| row_of_run[run]);
-    rows.into_fold(batch, trie.num_nodes, scatter, layout)
-}
-
-/// The row of every token, from that of the first token of each run and `Trie::spans`. In both layouts a stretch of
-/// tokens keeps together, however its run was split since: what comes first behind a head is its
-/// tail, the oldest child.
-fn scatter(spans: Vec<(u32, u32)>, row_of_run: impl Fn(usize) -> u32) -> Scatter {
-    let span = |(run, len)| Span {
-        row: row_of_run(run as usize),
-        len,
-    };
-    Scatter::new(spans.into_iter().map(span).collect())
-}
-
-/// The three arrays with one entry a row, padding included.
-struct Rows {
-    input_ids: Vec<u32>,
-    position_ids: Vec<u32>,
-    fold_gather: Vec<u32>,
-}
-
-impl Rows {
-    /// Copies the token ranges `runs` in their order, then pads with zeros to `num_rows`.
-    fn gather(batch: Batch<'_>, runs: impl Iterator<Item = Range<u32>>, num_rows: usize) -> Self {
-        let mut rows = Self {
-            input_ids: Vec::with_capacity(num_rows),
-            position_ids: Vec::with_capacity(num_rows),
-            fold_gather: Vec::with_capacity(num_rows),
-        };
-        for run in runs {
-            let tokens = run.start as usize..run.end as usize;
-            rows.input_ids
-                .extend_from_slice(&batch.input_ids[tokens.clone()]);
-            batch.copy_positions(tokens, &mut rows.position_ids);
-            rows.fold_gather.extend(run);
-        }
-        rows.input_ids.resize(num_rows, 0);
-        rows.position_ids.resize(num_rows, 0);
-        rows.fold_gather.resize(num_rows, 0);
-        rows
-    }
-
-    fn into_fold(
-        self,
-        batch: Batch<'_>,
-        num_nodes: u32,
-        scatter: Scatter,
-        layout: LayoutData,
-    ) -> Fold {
-        Fold {
-            layout,
-            num_nodes: num_nodes as usize,
-            cu_seq_lengths: batch.cu_seq_lengths.to_vec(),
-            input_ids: self.input_ids,
-            position_ids: self.position_ids,
-            scatter,
-            fold_gather: self.fold_gather,
-        }
-    }
 }
 
 impl Fold {
@@ -275,10 +67,8 @@ impl Fold {
         position_ids: &'a [u32],
         cu_seq_lengths: &'a [u32],
     ) -> FoldBuilder<'a> {
-        FoldBuilder {
-            position_ids: Some(position_ids),
-            ..Self::counted(input_ids, cu_seq_lengths)
-        }
+        let ids = TokenIds::U32(input_ids);
+        FoldBuilder::new(ids, Some(position_ids), cu_seq_lengths)
     }
 
     /// As [`builder`](Self::builder), where each sequence's tokens are at positions 0, 1, 2 and so
@@ -292,14 +82,7 @@ impl Fold {
     /// # Ok::<(), radix_mlp::FoldError>(())
     /// ```
     pub fn counted<'a>(input_ids: &'a [u32], cu_seq_lengths: &'a [u32]) -> FoldBuilder<'a> {
-        FoldBuilder {
-            input_ids,
-            position_ids: None,
-            cu_seq_lengths,
-            layout: Layout::default(),
-            pad_multiple_of: None,
-            salts: None,
-        }
+        FoldBuilder::new(TokenIds::U32(input_ids), None, cu_seq_lengths)
     }
 
     /// The order of the rows.
@@ -502,7 +285,9 @@ pub fn compute_fold_and_scatter(
     pad_multiple_of: Option<usize>,
 ) -> (Vec<u32>, Vec<u32>, Vec<u32>, Vec<u32>) {
     let mut builder = Fold::builder(input_ids, position_ids, cu_seq_lengths);
-    builder.pad_multiple_of = pad_multiple_of;
+    if let Some(rows) = pad_multiple_of {
+        builder = builder.pad_multiple_of(rows);
+    }
     match builder.build() {
         Ok(fold) => fold.into_arrays(),
         Err(error) => panic!("{error}"),

@@ -42,10 +42,12 @@
 
 mod batching;
 mod block_mask;
+mod builder;
 mod draw;
 mod error;
 mod fold;
 mod hash;
+mod ids;
 mod path_mask;
 mod prefix;
 #[cfg(feature = "candle")]
@@ -58,8 +60,10 @@ mod trie;
 
 pub use crate::batching::{Budget, PlannedBatch, plan_batches};
 pub use crate::block_mask::{BlockMask, Csr};
+pub use crate::builder::FoldBuilder;
 pub use crate::error::FoldError;
-pub use crate::fold::{Fold, FoldBuilder, Layout, compute_fold_and_scatter};
+pub use crate::fold::{Fold, Layout, compute_fold_and_scatter};
+pub use crate::ids::TokenIds;
 pub use crate::path_mask::PathMask;
 pub use crate::scheduler::{Batch, Next, Scheduled, Scheduler, Ticket, Tokens};
 

@@ -2,13 +2,16 @@
 
 use std::cmp::Ordering;
 
+use crate::ids::Id;
+
 /// Length of the longest common prefix.
-pub(crate) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+pub(crate) fn common_prefix<I: Id>(a: &[I], b: &[I]) -> usize {
     /// Tokens compared without a branch: enough to fill vector registers.
     const LANES: usize = 32;
     let mut equal = 0;
     for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
-        if a.iter().zip(b).fold(0, |diff, (a, b)| diff | (a ^ b)) != 0 {
+        let differ = |diff, (&a, &b)| diff | (a ^ b);
+        if a.iter().zip(b).fold(I::default(), differ) != I::default() {
             break;
         }
         equal += LANES;

@@ -5,7 +5,9 @@ use std::collections::hash_map::Entry;
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
 
+use crate::error::FoldError;
 use crate::hash::MultiplyAddShift;
+use crate::ids::Id;
 use crate::prefix::common_prefix;
 
 /// Marks the end of a sibling list.
@@ -14,10 +16,11 @@ const NONE: u32 = u32::MAX;
 /// A node with more children than this finds them by hash instead of by scanning its list.
 const WIDE: u32 = 8;
 
-/// A validated batch: all slices of N entries, offsets from 0 to N.
+/// A validated batch: all slices of N entries, offsets from 0 to N. Whether its ids are in range is seen
+/// where they become keys and rows: all others are equal to those.
 #[derive(Clone, Copy)]
-pub(crate) struct Batch<'a> {
-    pub(crate) input_ids: &'a [u32],
+pub(crate) struct Batch<'a, I> {
+    pub(crate) input_ids: &'a [I],
     /// Without them, tokens count from 0 in each sequence: on equal paths they are equal.
     pub(crate) position_ids: Option<&'a [u32]>,
     pub(crate) cu_seq_lengths: &'a [u32],
@@ -25,11 +28,23 @@ pub(crate) struct Batch<'a> {
     pub(crate) salts: Option<&'a [u64]>,
 }
 
-impl Batch<'_> {
+impl<I: Id> Batch<'_, I> {
     /// Token `index` as the one word in which siblings differ.
-    fn key(&self, index: usize) -> u64 {
+    fn key(&self, index: usize) -> Option<u64> {
         let position = self.position_ids.map_or(0, |positions| positions[index]);
-        u64::from(self.input_ids[index]) << 32 | u64::from(position)
+        let id: u32 = self.input_ids[index].try_into().ok()?;
+        Some(u64::from(id) << 32 | u64::from(position))
+    }
+
+    /// The error for the first id that is out of range, of a batch that has one.
+    #[cold]
+    pub(crate) fn out_of_range(&self) -> FoldError {
+        let ids = self.input_ids.iter();
+        let index = ids.take_while(|&&id| id.try_into().is_ok()).count();
+        FoldError::TokenId {
+            index,
+            value: self.input_ids[index].into(),
+        }
     }
 
     /// How many tokens from `a` on equal those from `b` on, at most `limit`.
@@ -130,7 +145,7 @@ pub(crate) struct Trie {
 }
 
 impl Trie {
-    pub(crate) fn new(batch: Batch<'_>) -> Self {
+    pub(crate) fn new<I: Id>(batch: Batch<'_, I>) -> Option<Self> {
         let sequences = batch.cu_seq_lengths.len() - 1;
         let mut trie = Self {
             // A sequence with tokens adds at most a leaf and the tail of a split run.
@@ -151,22 +166,28 @@ impl Trie {
                     .entry(salts[index])
                     .or_insert_with(|| trie.add_root()),
             };
-            let query_length = trie.insert(batch, root, ends[0] as usize, ends[1] as usize);
+            let query_length = trie.insert(batch, root, ends[0] as usize, ends[1] as usize)?;
             trie.query_lengths.push(query_length);
         }
-        trie
+        Some(trie)
     }
 
     /// Inserts the sequence `start..end` and returns how many tokens were new.
-    fn insert(&mut self, batch: Batch<'_>, root: u32, start: usize, end: usize) -> u32 {
+    fn insert<I: Id>(
+        &mut self,
+        batch: Batch<'_, I>,
+        root: u32,
+        start: usize,
+        end: usize,
+    ) -> Option<u32> {
         let mut parent = root;
         let mut at = start;
         while at < end {
-            let key = batch.key(at);
+            let key = batch.key(at)?;
             let Some(child) = self.child(parent, key) else {
                 let new = (end - at) as u32;
                 self.add_leaf(parent, key, at as u32, new);
-                return new;
+                return Some(new);
             };
             let run = &self.runs[child as usize];
             let len = run.len;
@@ -176,11 +197,11 @@ impl Trie {
             self.spans.push((child, shared));
             at += shared as usize;
             if at < end && shared < len {
-                self.split(batch, child, shared);
+                self.split(batch, child, shared)?;
             }
             parent = child;
         }
-        0
+        Some(0)
     }
 
     fn add_root(&mut self) -> u32 {
@@ -257,7 +278,7 @@ impl Trie {
     }
 
     /// Cuts `run` after `len` tokens; the rest becomes its only child and takes its children.
-    fn split(&mut self, batch: Batch<'_>, run: u32, len: u32) {
+    fn split<I: Id>(&mut self, batch: Batch<'_, I>, run: u32, len: u32) -> Option<()> {
         let index = self.runs.len() as u32;
         let head = &mut self.runs[run as usize];
         let start = head.start + len;
@@ -269,13 +290,14 @@ impl Trie {
             next_sibling: NONE,
             num_children: head.num_children,
             wide: head.wide,
-            key: batch.key(start as usize),
+            key: batch.key(start as usize)?,
         };
         head.len = len;
         head.first_child = index;
         head.num_children = 1;
         head.wide = NONE;
         self.runs.push(tail);
+        Some(())
     }
 
     /// The indices of all runs with their subtrees contiguous, siblings in order of appearance, each

@@ -1,6 +1,6 @@
 //! Named batches with the arrays that they fold to, and the errors of what is no batch.
 
-use radix_mlp::{Fold, FoldError, Layout, compute_fold_and_scatter};
+use radix_mlp::{Fold, FoldBuilder, FoldError, Layout, TokenIds, compute_fold_and_scatter};
 
 struct Case {
     name: &'static str,
@@ -248,8 +248,45 @@ fn what_is_no_batch_is_an_error_with_its_values() {
     }
 }
 
+/// Every place of a batch: first tokens, within a shared run, where it is split, within leaves, and
+/// among more siblings than are found without hashing.
+#[test]
+fn an_id_out_of_range_is_found_wherever_it_stands() {
+    let sequences: Vec<[i64; 5]> = (0..12).map(|i| [5, 6, 7 + i / 9, 10 + i, i % 3]).collect();
+    let valid = sequences.concat();
+    let offsets: Vec<u32> = (0..=12).map(|sequence| sequence * 5).collect();
+    let positions: Vec<u32> = (0..60).map(|token| token % 5).collect();
+    for index in 0..valid.len() {
+        let low = valid[index];
+        let others = [-1, i64::MIN, i64::MAX, 1 << 32, 1 << 32 | 10, 1 << 32 | 11];
+        for value in [1 << 32 | low, -1 << 32 | low].into_iter().chain(others) {
+            let mut ids = valid.clone();
+            ids[index] = value;
+            for (positions, layout) in [
+                (Some(&positions[..]), Layout::FirstOccurrence),
+                (None, Layout::DepthFirst),
+            ] {
+                let builder = FoldBuilder::new(TokenIds::I64(&ids), positions, &offsets);
+                let error = FoldError::TokenId { index, value };
+                assert_eq!(builder.layout(layout).build(), Err(error));
+            }
+        }
+    }
+    let ends = TokenIds::I64(&[0, u32::MAX.into()]);
+    let fold = FoldBuilder::new(ends, None, &[0, 2]).build().unwrap();
+    assert_eq!(fold.input_ids(), [0, u32::MAX]);
+}
+
 #[test]
 fn errors_read_as_sentences_with_their_values() {
+    let token_id = FoldError::TokenId {
+        index: 3,
+        value: -1,
+    };
+    assert_eq!(
+        token_id.to_string(),
+        "input_ids[3] is -1, which is not in 0..=4294967295"
+    );
     let message = error(&[1, 2], &[0, 1], &[0, 2, 1, 2]).to_string();
     assert_eq!(
         message,

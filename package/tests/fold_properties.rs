@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use proptest::prelude::*;
-use radix_mlp::{Csr, Fold, Layout};
+use radix_mlp::{Csr, Fold, FoldBuilder, FoldError, Layout, TokenIds};
 use serde_json::Value;
 
 #[derive(Clone, Debug)]
@@ -32,6 +32,10 @@ impl Batch {
             batch.cu_seq_lengths.push(batch.input_ids.len() as u32);
         }
         batch
+    }
+
+    fn wide_ids(&self) -> Vec<i64> {
+        self.input_ids.iter().map(|&id| id.into()).collect()
     }
 
     fn fold(&self, layout: Layout, pad_multiple_of: usize) -> Fold {
@@ -303,6 +307,45 @@ proptest! {
                 .layout(layout)
                 .pad_multiple_of(pad);
             prop_assert_eq!(builder.build().unwrap(), batch.fold(layout, pad));
+        }
+    }
+
+    #[test]
+    fn ids_of_64_bits_fold_as_those_of_32(
+        batch in batches(), pad in 1..40usize, counted: bool, salted: bool,
+    ) {
+        let ids = batch.wide_ids();
+        let positions = (!counted).then_some(&batch.position_ids[..]);
+        for layout in [Layout::FirstOccurrence, Layout::DepthFirst] {
+            let folded = |ids| {
+                let builder = FoldBuilder::new(ids, positions, &batch.cu_seq_lengths);
+                let builder = if salted { builder.salts(&batch.salts) } else { builder };
+                builder.layout(layout).pad_multiple_of(pad).build()
+            };
+            let wide = folded(TokenIds::I64(&ids)).unwrap();
+            prop_assert_eq!(&wide, &folded(TokenIds::U32(&batch.input_ids)).unwrap());
+        }
+    }
+
+    /// Some have the low halves of ids that are in range, maybe of their siblings.
+    #[test]
+    fn the_first_id_out_of_range_is_named(
+        batch in batches(), counted: bool,
+        strays in prop::collection::vec((any::<prop::sample::Index>(), 0..3i64, -2..2i64), 1..5),
+    ) {
+        prop_assume!(!batch.input_ids.is_empty());
+        let mut ids = batch.wide_ids();
+        for (place, low, high) in strays {
+            *place.get_mut(&mut ids) = high << 32 | low;
+        }
+        let in_range = |id: &i64| u32::try_from(*id).is_ok();
+        let stray = ids.iter().position(|id| !in_range(id));
+        let expected = stray.map(|index| FoldError::TokenId { index, value: ids[index] });
+        let positions = (!counted).then_some(&batch.position_ids[..]);
+        for layout in [Layout::FirstOccurrence, Layout::DepthFirst] {
+            let builder = FoldBuilder::new(TokenIds::I64(&ids), positions, &batch.cu_seq_lengths);
+            let built = builder.salts(&batch.salts).layout(layout).build();
+            prop_assert_eq!(built.err(), expected);
         }
     }
 

@@ -7,9 +7,24 @@ use numpy::ndarray::ArrayView1;
 use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use radix_mlp::{Budget, FoldError, Layout};
+use radix_mlp::{Budget, FoldBuilder, FoldError, Layout, TokenIds};
 
 type Array<'py, T = u32> = Bound<'py, PyArray1<T>>;
+
+enum Ids<'py> {
+    U32(PyReadonlyArray1<'py, u32>),
+    I64(PyReadonlyArray1<'py, i64>),
+}
+
+/// Not derived, for that makes an exception of the first type's error: ten times a small fold's time.
+impl<'py> FromPyObject<'_, 'py> for Ids<'py> {
+    type Error = PyErr;
+
+    fn extract(ids: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let narrow = ids.extract().map(Self::U32);
+        narrow.or_else(|_| Ok(Self::I64(ids.extract()?)))
+    }
+}
 
 fn value_error(error: FoldError) -> PyErr {
     PyValueError::new_err(error.to_string())
@@ -24,7 +39,7 @@ fn rows(name: &str, count: i64) -> PyResult<usize> {
 #[pyfunction]
 fn compute_fold_and_scatter<'py>(
     py: Python<'py>,
-    input_ids: PyReadonlyArray1<'py, u32>,
+    input_ids: Ids<'py>,
     position_ids: PyReadonlyArray1<'py, u32>,
     offsets: PyReadonlyArray1<'py, u32>,
     pad: Option<i64>,
@@ -63,22 +78,6 @@ fn plan_batches(
     Ok(plan.into_iter().map(|batch| batch.sequences).collect())
 }
 
-/// `values` as 32 bits each; None where one does not fit.
-#[pyfunction]
-fn narrowed<'py>(
-    py: Python<'py>,
-    values: PyReadonlyArray1<'py, i64>,
-) -> PyResult<Option<Array<'py>>> {
-    let values = values.as_slice()?;
-    let mut bits = 0;
-    let narrow = |&value: &i64| {
-        bits |= value as u64;
-        value as u32
-    };
-    let narrow: Vec<u32> = py.detach(|| values.iter().map(narrow).collect());
-    Ok((bits <= u64::from(u32::MAX)).then(|| narrow.into_pyarray(py)))
-}
-
 #[pyclass(frozen, subclass)]
 struct Fold(radix_mlp::Fold);
 
@@ -87,7 +86,7 @@ impl Fold {
     #[new]
     fn new(
         py: Python<'_>,
-        input_ids: PyReadonlyArray1<'_, u32>,
+        input_ids: Ids<'_>,
         position_ids: Option<PyReadonlyArray1<'_, u32>>,
         cu_seq_lengths: PyReadonlyArray1<'_, u32>,
         layout: &str,
@@ -103,12 +102,13 @@ impl Fold {
                 )));
             }
         };
-        let (ids, offsets) = (input_ids.as_slice()?, cu_seq_lengths.as_slice()?);
-        let builder = match &position_ids {
-            Some(positions) => radix_mlp::Fold::builder(ids, positions.as_slice()?, offsets),
-            None => radix_mlp::Fold::counted(ids, offsets),
+        let ids = match &input_ids {
+            Ids::U32(ids) => TokenIds::U32(ids.as_slice()?),
+            Ids::I64(ids) => TokenIds::I64(ids.as_slice()?),
         };
-        let mut builder = builder.layout(layout);
+        let positions = position_ids.as_ref().map(|array| array.as_slice());
+        let offsets = cu_seq_lengths.as_slice()?;
+        let mut builder = FoldBuilder::new(ids, positions.transpose()?, offsets).layout(layout);
         if let Some(multiple) = pad_multiple_of {
             builder = builder.pad_multiple_of(rows("pad_multiple_of", multiple)?);
         }
@@ -174,7 +174,7 @@ mod _core {
     #[pymodule_export]
     use super::masks::{block_mask, path_mask};
     #[pymodule_export]
-    use super::{Fold, compute_fold_and_scatter, narrowed, plan_batches};
+    use super::{Fold, compute_fold_and_scatter, plan_batches};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

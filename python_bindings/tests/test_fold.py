@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import radix_mlp
+import radix_mlp.fold as fold_module
 from oracle import Batch, batches, naive_fold, naive_paths, paddings
 from radix_mlp import Fold, compute_fold_and_scatter
 
@@ -148,6 +149,58 @@ def test_takes_any_integers(dtype: str, arrange: Any) -> None:
     ids, positions, offsets = (arrange(array.astype(dtype)) for array in BATCH.arrays())
     assert lists(compute_fold_and_scatter(ids, positions, offsets)) == FOLDED
     assert Fold(ids, positions, offsets).scatter_indices.tolist() == FOLDED[2]
+
+
+@given(batches(), st.sampled_from(["first_occurrence", "depth_first"]), st.booleans(), st.booleans())
+def test_int64_folds_as_uint32(batch: Batch, layout: Any, counted: bool, salted: bool) -> None:
+    ids, positions, offsets = batch.arrays()
+    options: Any = {"layout": layout, "salts": batch.salts if salted else None}
+    narrow, wide = (
+        Fold(array, None if counted else positions, offsets, **options) for array in (ids, ids.astype(np.int64))
+    )
+    for name in ("input_ids", "position_ids", "scatter_indices", "fold_gather", "query_lengths", "subtree_end"):
+        np.testing.assert_array_equal(getattr(wide, name), getattr(narrow, name), strict=True)
+
+
+def test_int64_reaches_the_core_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = np.array([[1, 2, 3], [1, 2, 4]]), np.ones((2, 3), int)
+    offsets = np.array([0, 3, 6], np.uint32)
+    core, seen = fold_module._call, []
+
+    def spy(new: Any, *arguments: Any, **options: Any) -> Any:
+        def look(input_ids: Any, *rest: Any) -> Any:
+            seen.append(input_ids)
+            return new(input_ids, *rest)
+
+        return core(look, *arguments, **options)
+
+    monkeypatch.setattr(fold_module, "_call", spy)
+    flat = ids.ravel()
+    folds = [
+        Fold(flat, None, offsets),
+        Fold(flat, None, [0, 3, 6]),
+        Fold.from_padded(ids, mask),
+        Fold.from_sequences(list(ids)),
+    ]
+    assert all(fold.input_ids.tolist() == [1, 2, 3, 4] for fold in folds)
+    assert all(array.dtype == np.int64 for array in seen)
+    # Sequences are put one after another, once.
+    assert [np.shares_memory(array, ids) for array in seen] == [True, True, True, False]
+    compute_fold_and_scatter(flat, [0, 1, 2] * 2, offsets)
+    assert np.shares_memory(seen[-1], ids)
+
+
+@pytest.mark.parametrize("arrange", [np.asarray, strided, unaligned, lambda array: array.tolist()])
+@pytest.mark.parametrize("value", [-1, 2**32, 2**32 | 2, -(2**63), 2**63 - 1])
+def test_names_the_first_id_out_of_range(value: int, arrange: Any) -> None:
+    _, positions, offsets = BATCH.arrays()
+    for index in range(6):
+        ids = np.array(BATCH.input_ids)
+        ids[index:] = value
+        message = re.escape(f"input_ids[{index}] is {value}, which is not in 0..=4294967295")
+        for function in (compute_fold_and_scatter, Fold):
+            with pytest.raises(ValueError, match=message):
+                function(arrange(ids), positions, offsets)
 
 
 @pytest.mark.parametrize("arrange", [np.asarray, lambda array: array.tolist()])
@@ -349,6 +402,13 @@ def test_from_sequences(batch: Batch) -> None:
 def test_from_sequences_names_the_bad_one() -> None:
     with pytest.raises(ValueError, match=r"sequences\[1\]\[2\] is -5"):
         Fold.from_sequences([[1, 2], [1, 2, -5]])
+    with pytest.raises(ValueError, match="3 salts for 2 sequences"):
+        Fold.from_sequences([[1, 2], [1, 2, 5]], salts=[1, 2, 3])
+
+
+def test_from_sequences_takes_rows_of_several_types() -> None:
+    fold = Fold.from_sequences([np.array([1, 2**32 - 1], np.uint32), np.array([1, 5]), [], np.array([1], np.uint8)])
+    assert fold.input_ids.tolist() == [1, 2**32 - 1, 5]
 
 
 @given(batches(), paddings, st.sampled_from(["first_occurrence", "depth_first"]))

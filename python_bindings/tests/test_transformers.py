@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import (
 from radix_mlp import Fold
 from radix_mlp.transformers import UnsupportedModelError, fold, folded, unfold
 from radix_mlp.transformers import folding as folding_module
-from radix_mlp.transformers.batch import Batch
+from radix_mlp.transformers.batch import Batch, pack_call
 from radix_mlp.transformers.folding import CACHE_NAMES
 from tiny import NODES, SEQUENCES, SIZES, TOKENS, assert_close, make, padded
 
@@ -52,6 +53,13 @@ def test_the_way_back_is_made_behind_the_decoder(
     fold(model).model(**batch)
     assert events[0] == "norm"
     assert "places" in events
+
+
+def test_ids_without_padding_are_packed_where_they_lie() -> None:
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    for mask in (None, torch.ones_like(ids)):
+        packed = pack_call(ids, mask, None, None, count_padding=False)
+        assert np.shares_memory(packed.input_ids, ids.numpy())
 
 
 @torch.no_grad()

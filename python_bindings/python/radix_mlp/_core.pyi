@@ -5,6 +5,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from radix_mlp._host import TokenIds
+
 Layout = Literal["first_occurrence", "depth_first"]
 Csr = tuple[NDArray[np.uintp], NDArray[np.uint32]]
 
@@ -12,18 +14,17 @@ __version__: str
 
 def cuda_sources() -> dict[str, str]: ...
 def compute_fold_and_scatter(
-    input_ids: NDArray[np.uint32],
+    input_ids: TokenIds,
     position_ids: NDArray[np.uint32],
     offsets: NDArray[np.uint32],
     pad: int | None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]: ...
-def narrowed(values: NDArray[np.int64]) -> NDArray[np.uint32] | None: ...
 def plan_batches(sequences: list[NDArray[np.uint32]], budget: int, unique: bool) -> list[list[int]]: ...
 
 class Fold:
     def __new__(
         cls,
-        input_ids: NDArray[np.uint32],
+        input_ids: TokenIds,
         position_ids: NDArray[np.uint32] | None,
         cu_seq_lengths: NDArray[np.uint32],
         layout: Layout,

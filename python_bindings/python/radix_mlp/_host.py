@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radix_mlp import _core
-
 if TYPE_CHECKING:
     import torch
     from typing_extensions import TypeIs
+
+TokenIds = NDArray[np.uint32] | NDArray[np.int64]
 
 
 def is_tensor(values: object) -> TypeIs[torch.Tensor]:
@@ -31,6 +31,14 @@ def to_host(named: Mapping[str, Any]) -> dict[str, Any]:
     return to_host(named)
 
 
+def token_ids(name: str, values: Any) -> TokenIds:
+    """Ids as the core folds them: what is contiguous int64 as it is, for the core checks it; all else `unsigned`."""
+    array = np.asarray(values)
+    if array.ndim == 1 and array.dtype == np.int64 and array.flags.c_contiguous and array.flags.aligned:
+        return array
+    return unsigned(name, values)
+
+
 def unsigned(name: str, values: Any, dtype: Any = np.uint32) -> NDArray[Any]:
     """One-dimensional integers as contiguous `dtype`, the same memory where its bytes are that already.
 
@@ -44,11 +52,6 @@ def unsigned(name: str, values: Any, dtype: Any = np.uint32) -> NDArray[Any]:
         return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
     if array.size == 0:
         return np.empty(0, dtype)
-    if dtype == np.uint32 and array.dtype == np.int64 and array.flags.c_contiguous and array.flags.aligned:
-        # What most have, in one pass.
-        narrowed = _core.narrowed(array)
-        if narrowed is not None:
-            return narrowed
     limit = np.iinfo(dtype).max
     if array.dtype.kind not in "iu":
         # NumPy makes floats or objects of a list with integers of 2**63 and more.

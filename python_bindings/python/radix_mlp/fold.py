@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radix_mlp import _core
-from radix_mlp._host import is_tensor, to_host, unsigned
+from radix_mlp._host import is_tensor, to_host, token_ids, unsigned
 
 if TYPE_CHECKING:
     import torch
@@ -133,15 +133,20 @@ class Fold(_core.Fold):
         salts: Ids | None = None,
     ) -> Self:
         """Fold sequences of token ids, each at positions 0, 1, 2 and so on."""
-        input_ids, offsets = packed(sequences)
-        return cls(
-            input_ids,
-            None,
-            offsets,
-            layout=layout,
-            pad_multiple_of=pad_multiple_of,
-            salts=salts,
-        )
+        rows = [token_ids(name, ids) for name, ids in _named(sequences).items()]
+        try:
+            return cls(
+                np.concatenate(rows) if rows else np.empty(0, np.uint32),
+                None,
+                _offsets([len(row) for row in rows]),
+                layout=layout,
+                pad_multiple_of=pad_multiple_of,
+                salts=salts,
+            )
+        except ValueError:
+            # Where it is an id's, the error names the sequence.
+            arrays(sequences)
+            raise
 
     @classmethod
     def from_padded(
@@ -365,20 +370,18 @@ class Fold(_core.Fold):
 
 def arrays(sequences: Sequence[Ids]) -> list[UInt32]:
     """The ids of each sequence."""
-    named = to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
-    return [unsigned(name, ids) for name, ids in named.items()]
+    return [unsigned(name, ids) for name, ids in _named(sequences).items()]
 
 
-def packed(sequences: Sequence[Ids]) -> tuple[UInt32, NDArray[np.int64]]:
-    """The ids of all sequences, one after another, and the offsets [sequences + 1] of each."""
-    rows = arrays(sequences)
-    return np.concatenate(rows) if rows else np.empty(0, np.uint32), _offsets([len(row) for row in rows])
+def _named(sequences: Sequence[Ids]) -> dict[str, Any]:
+    """The sequences on the host, by the names that errors give them."""
+    return to_host({f"sequences[{i}]": ids for i, ids in enumerate(sequences)})
 
 
 def _call(
     core: Callable[..., T], batch: tuple[Ids, Ids | None, Ids], *options: Any, counts_positions: bool = False
 ) -> T:
-    """`core` on `batch`, once its ids, positions and offsets are the contiguous uint32 it reads.
+    """`core` on `batch`, once its ids, positions and offsets are the contiguous integers it reads.
 
     With `counts_positions` there are none of these.
     """
@@ -392,7 +395,7 @@ def _call(
     if counts_positions:
         del given["position_ids"]
     host = to_host(given)
-    arrays = {name: unsigned(name, values) for name, values in host.items()}
+    arrays = {name: (token_ids if name == "input_ids" else unsigned)(name, values) for name, values in host.items()}
     return core(*(arrays.get(name) for name in names), *options)
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radix_mlp._host import unsigned
+from radix_mlp._host import TokenIds, token_ids, unsigned
 from radix_mlp.fold import Fold
 from radix_mlp.torch.eager import eager
 from radix_mlp.torch.fold import to_device
@@ -24,11 +24,11 @@ class Packed:
     """A call's sequences, one after another, and where their tokens stand in what was passed in.
 
     `input_ids` and `position_ids` are [N], `offsets` [sequences + 1]. Without `position_ids` each sequence's tokens
-    count from 0. Sequence s came from the flattened places `starts[s]:starts[s] + length` of `shape`, all others are
-    padding.
+    count from 0. Ids of int64 may be the caller's own memory, which the fold checks. Sequence s came from the flattened
+    places `starts[s]:starts[s] + length` of `shape`, all others are padding.
     """
 
-    input_ids: NDArray[np.uint32]
+    input_ids: TokenIds
     position_ids: NDArray[np.uint32] | None
     offsets: Int64
     starts: Int64
@@ -138,7 +138,7 @@ def pack_call(
     elif count_padding and cu_seq_lengths is None:
         positions = _join(np.arange(length, dtype=np.uint32), starts % max(length, 1), lengths)
     return Packed(
-        unsigned("input_ids", _join(host["input_ids"], starts, lengths)),
+        token_ids("input_ids", _join(host["input_ids"], starts, lengths)),
         positions,
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         starts,
