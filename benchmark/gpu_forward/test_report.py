@@ -72,4 +72,5 @@ def test_training() -> None:
     }
     text = section({"hardware": {"gpu": "a GPU"}, "rows": [row]})
     assert "| 4 x 8 | all | 4B | 2.40 | 2.30 | 2.00 | 65.0 → 26.0 |" in text
+    assert "in shape, checkpointed: 4B 8.0 s for the first, which compiles the kernels, 0.20 s in the median" in text
     assert "Missed: qwen3-4b, loss on all: speed-up as a share of compression: 0.8333 where ≥ 0.95" in text

@@ -40,7 +40,19 @@ def section(result: Row) -> str:
         fewer = [f"{row[key]:.2f}" for key in ("compression", "flop_compression")]
         cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]
         lines.append(f"| {' | '.join([*cells, *speeds, peaks])} |")
-    return "\n".join([intro, "", *lines, "", method(result["rows"]), "", missed(targets(result["rows"]))])
+    texts = [method(result["rows"]), shapes(result["rows"]), missed(targets(result["rows"]))]
+    return "\n\n".join([intro, "\n".join(lines), *texts])
+
+
+def shapes(rows: list[Row]) -> str:
+    """The seconds of steps on batches of different shapes, those measured last of each model."""
+    seen = {row["shape"].removeprefix("qwen3-").upper(): row["seconds_of_shapes"] for row in rows}
+    told = [
+        f"{shape} {own['first']:.1f} s for the first, which compiles the kernels, {own['median']:.2f} s in the median "
+        f"and {own['slowest later']:.2f} s at most after the first"
+        for shape, own in sorted(seen.items())
+    ]
+    return f"Folded steps on 20 batches that all differ in shape, checkpointed: {'; '.join(told)}."
 
 
 def gradients(result: Row) -> str:
