@@ -4,12 +4,14 @@ The bundle is a folder, and the same as .tar.xz, for any x86-64 Linux with a dri
 
 - radix-mlp: the command, with `--device cuda:N` and the server;
 - test: runs every test that needs a GPU and prints a summary (`test --sanitize` under compute-sanitizer);
-- measure, forward: what benchmark/gpu_kernels/measure.py asks for times.
+- measure, forward: what benchmark/gpu_kernels/measure.py asks for times;
+- sources.json: digests of what all that was built from.
 
     python3 kernels/bundle.py target/cuda target/cuda-bundle     # where the toolkit goes, and the bundle
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +20,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = "sources.json"
+BUILT = [
+    "Cargo.lock",
+    *(f"{crate}/{part}/**/*" for crate in ("kernels", "package") for part in ("src", "examples", "cuda")),
+]
 # The oldest GPUs that the kernels run on; drivers translate candle's for newer ones.
 OLDEST = "80"
 
@@ -47,7 +54,23 @@ def main() -> None:
         subprocess.run(["strip", place], check=True)
     shutil.copy2(ROOT / "kernels" / "bundle_test.sh", given.bundle / "test")
     shutil.copy2(ROOT / "package" / "tests" / "make_checkpoints.py", given.bundle / "tests")
+    (given.bundle / SOURCES).write_text(json.dumps(sources(), indent=1))
     print(shutil.make_archive(str(given.bundle), "xztar", given.bundle.parent, given.bundle.name))
+
+
+def sources() -> dict[str, str]:
+    """The SHA-256 of each file that the programs are built from, by its path in the repository."""
+    files = [file for pattern in BUILT for file in sorted(ROOT.glob(pattern)) if file.is_file()]
+    return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def refuse_other_sources(bundle: Path) -> None:
+    """Raises RuntimeError where a bundle was built from other sources than the tree has."""
+    file = bundle / SOURCES
+    built = json.loads(file.read_text()) if file.exists() else {}
+    own = sources()
+    if other := sorted(name for name in own | built if own.get(name) != built.get(name)):
+        raise RuntimeError(f"{bundle} was built with another {', '.join(other)}: run `make cuda-bundle` first")
 
 
 def cuda(toolkit: Path) -> dict[str, str]:

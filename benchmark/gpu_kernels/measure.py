@@ -33,8 +33,9 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train")]
+sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "train"), str(ROOT / "kernels")]
 
+from bundle import refuse_other_sources  # noqa: E402
 from flops import flop_compression  # noqa: E402
 from gpu_attention.measure import HEAD_DIM, HEADS, attend, fold, inputs  # noqa: E402
 from gpu_forward.batches import Batch, load  # noqa: E402
@@ -285,6 +286,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     given = parse()
+    refuse_other_sources(given.bundle)
     record = Record(given.out, given.commit, ("part", "name", "shape"))
     parts = given.parts or ["rows", "attention", "model"]
     batches = load(given.batches_file, given.only, smoke=given.smoke)

@@ -12,6 +12,10 @@ import torch
 from gpu_kernels.targets import targets
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "kernels"))
+
+from bundle import SOURCES, refuse_other_sources, sources  # noqa: E402
+
 PROGRAM = """#!{python}
 import json, sys
 for line in sys.stdin:
@@ -30,6 +34,7 @@ def test_script_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         program = tmp_path / name
         program.write_text(PROGRAM.format(python=sys.executable))
         program.chmod(0o755)
+    (tmp_path / SOURCES).write_text(json.dumps(sources()))
     result = tmp_path / "kernels.json"
     run(
         monkeypatch,
@@ -87,6 +92,19 @@ def rows(*, ours: float, full: float) -> list[dict[str, Any]]:
         common | {"part": "attention", "name": "shared", "ms": shared},
         common | {"part": "model", "name": "shared", "ms": model},
     ]
+
+
+def test_a_bundle_of_other_sources_is_refused(tmp_path: Path) -> None:
+    own = sources()
+    assert {"Cargo.lock", "kernels/cuda/warp.cuh", "package/src/fold.rs", "kernels/examples/measure.rs"} <= own.keys()
+    with pytest.raises(RuntimeError, match=r"another Cargo\.lock, .*run `make cuda-bundle` first"):
+        refuse_other_sources(tmp_path)
+    for change in ({"package/src/fold.rs": "other"}, {"package/src/gone.rs": "other"}):
+        (tmp_path / SOURCES).write_text(json.dumps(own | change))
+        with pytest.raises(RuntimeError, match=f"another {next(iter(change))}: run"):
+            refuse_other_sources(tmp_path)
+    (tmp_path / SOURCES).write_text(json.dumps(own))
+    refuse_other_sources(tmp_path)
 
 
 def test_targets_are_met_and_missed() -> None:
