@@ -20,6 +20,7 @@ how many the unshared batch takes for each that it leaves.
 
     python benchmark/gpu_forward/measure.py --batches-file target/gpu_batches.json
     python benchmark/gpu_forward/measure.py --shapes qwen3-4b --only rerank "nothing shared"
+    python benchmark/gpu_forward/measure.py --shapes qwen3-8b --only "256 x 2048+16" --ways none full "full graphs"
     python benchmark/gpu_forward/measure.py --smoke --out target/smoke.json    # a tiny model: does it run?
 """
 
@@ -179,9 +180,13 @@ def event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def measure(model: PreTrainedModel, batch: Batch, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, batch: Batch, rounds: int, seconds: float, ways: list[str] | None
+) -> dict[str, Any]:
+    """A row's times, of all columns or of these `ways` alone."""
     folded = Fold.from_sequences(batch, layout="depth_first")
     calls = columns(model, batch, folded)
+    calls = {name: calls[name] for name in ways or calls if name in calls}
     peaks, skipped, states = warm_up(calls)
     times = alternate({name: call for name, call in calls.items() if name not in UNSHARED}, rounds, seconds)
     row = {
@@ -315,14 +320,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11)
+    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11, ways=True)
     record = Record(given.out, given.commit, ("shape", "batch"))
     batches = load(given.batches_file, given.only, smoke=given.smoke)
     seconds = 0 if given.smoke else SPAN_SECONDS
     for shape in given.shapes:
         model = random_model(shape, DEVICE)
         for name in tqdm(batches, desc=shape):
-            row = {"shape": shape, "batch": name} | measure(model, batches[name], given.rounds, seconds)
+            times = measure(model, batches[name], given.rounds, seconds, given.ways)
+            row = {"shape": shape, "batch": name} | times
             row |= flops(SHAPES[shape], batches[name])
             release()
             if shape in ("tiny", "qwen3-0.6b"):

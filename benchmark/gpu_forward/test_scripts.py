@@ -59,6 +59,13 @@ def test_forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result.with_suffix(".png").stat().st_size > 0
 
 
+def test_forward_of_some_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = ("--only", "32 x 2048+256", "--ways", "none", "full", "unshared")
+    (row,) = smoke(monkeypatch, "gpu_forward/measure.py", tmp_path / "forward.json", *chosen)
+    assert row["wall_ms"].keys() == {"none", "full"}
+    assert row["beside_unshared"]["wall_ms"].keys() == {"full", "unshared"}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = tmp_path / "attention.json"
