@@ -1,107 +1,16 @@
 //! Random batches against naive oracles, and invariants on whatever real batches are there.
 
-use std::collections::HashMap;
+mod batch;
+mod masks;
+
 use std::path::Path;
 
 use proptest::prelude::*;
-use radix_mlp::{Csr, Fold, FoldBuilder, FoldError, Layout, TokenIds};
+use radix_mlp::{Fold, FoldBuilder, FoldError, Layout, TokenIds};
 use serde_json::Value;
 
-#[derive(Clone, Debug)]
-struct Batch {
-    input_ids: Vec<u32>,
-    position_ids: Vec<u32>,
-    cu_seq_lengths: Vec<u32>,
-    salts: Vec<u64>,
-}
-
-impl Batch {
-    fn new(sequences: Vec<(u64, Vec<(u32, u32)>)>) -> Self {
-        let mut batch = Self {
-            input_ids: Vec::new(),
-            position_ids: Vec::new(),
-            cu_seq_lengths: vec![0],
-            salts: Vec::new(),
-        };
-        for (salt, tokens) in sequences {
-            batch.salts.push(salt);
-            batch.input_ids.extend(tokens.iter().map(|token| token.0));
-            batch
-                .position_ids
-                .extend(tokens.iter().map(|token| token.1));
-            batch.cu_seq_lengths.push(batch.input_ids.len() as u32);
-        }
-        batch
-    }
-
-    fn wide_ids(&self) -> Vec<i64> {
-        self.input_ids.iter().map(|&id| id.into()).collect()
-    }
-
-    fn fold(&self, layout: Layout, pad_multiple_of: usize) -> Fold {
-        Fold::builder(&self.input_ids, &self.position_ids, &self.cu_seq_lengths)
-            .salts(&self.salts)
-            .layout(layout)
-            .pad_multiple_of(pad_multiple_of)
-            .build()
-            .unwrap()
-    }
-}
-
-/// The oracle: rows in first-occurrence order, each found by its whole path. Returns the row of
-/// every token and the parent of every row.
-fn naive(batch: &Batch) -> (Vec<u32>, Vec<Option<u32>>) {
-    let mut rows: HashMap<(u64, Option<u32>, u32, u32), u32> = HashMap::new();
-    let (mut scatter, mut parents) = (Vec::new(), Vec::new());
-    for (ends, &salt) in batch.cu_seq_lengths.windows(2).zip(&batch.salts) {
-        let mut parent = None;
-        for i in ends[0] as usize..ends[1] as usize {
-            let key = (salt, parent, batch.input_ids[i], batch.position_ids[i]);
-            let row = *rows.entry(key).or_insert_with(|| {
-                parents.push(parent);
-                parents.len() as u32 - 1
-            });
-            scatter.push(row);
-            parent = Some(row);
-        }
-    }
-    (scatter, parents)
-}
-
-/// Sequences that branch off one another at random places, repeat, or are empty. A small
-/// vocabulary and few lengths around 32 (the lanes of the run comparison) make collisions likely.
-fn batches() -> impl Strategy<Value = Batch> {
-    let token = (0..3u32, 0..2u32);
-    let fresh = prop::collection::vec(token, 0..80);
-    // (which earlier sequence to branch off, how far along it in 1/8, what follows, salt)
-    let branch = (
-        any::<prop::sample::Index>(),
-        0..9usize,
-        fresh,
-        0..2u64,
-        any::<bool>(),
-    );
-    prop::collection::vec(branch, 0..24).prop_map(|branches| {
-        let mut sequences: Vec<(u64, Vec<(u32, u32)>)> = Vec::new();
-        for (from, eighths, fresh, salt, counted) in branches {
-            let mut tokens = match sequences.len() {
-                0 => Vec::new(),
-                len => {
-                    let earlier = &sequences[from.index(len)].1;
-                    earlier[..earlier.len() * eighths / 8].to_vec()
-                }
-            };
-            let start = tokens.len() as u32;
-            // Positions as in a real batch, or anything.
-            let at = |(i, (id, position)): (u32, (u32, u32))| {
-                (id, if counted { start + i } else { position })
-            };
-            tokens.extend((0..).zip(fresh).map(at));
-            sequences.push((salt, tokens));
-        }
-        Batch::new(sequences)
-    })
-}
+use crate::batch::{Batch, batches, naive, parents, sees};
+use crate::masks::check_block_mask;
 
 fn check_first_occurrence(batch: &Batch, fold: &Fold) {
     let (scatter, parents) = naive(batch);
@@ -140,29 +49,6 @@ fn check_maps(batch: &Batch, fold: &Fold, pad_multiple_of: usize) {
     }
 }
 
-/// Parent of each row, read off the sequences.
-fn parents(fold: &Fold) -> Vec<Option<u32>> {
-    let mut parents = vec![None; fold.num_rows()];
-    for ends in fold.cu_seq_lengths().windows(2) {
-        let path = &fold.scatter_indices()[ends[0] as usize..ends[1] as usize];
-        for pair in path.windows(2) {
-            parents[pair[1] as usize] = Some(pair[0]);
-        }
-    }
-    parents
-}
-
-/// Is `kv` on the path from the root to `q`? By walking up, the definition.
-fn sees(parents: &[Option<u32>], q: usize, kv: usize) -> bool {
-    let mut row = Some(q as u32);
-    std::iter::from_fn(|| {
-        let this = row?;
-        row = parents[this as usize];
-        Some(this)
-    })
-    .any(|ancestor| ancestor as usize == kv)
-}
-
 fn check_depth_first(first: &Fold, tree: &Fold) {
     let order = tree.row_order().unwrap();
     let mut sorted = order.to_vec();
@@ -177,105 +63,6 @@ fn check_depth_first(first: &Fold, tree: &Fold) {
         for (kv, &end) in subtree_end.iter().enumerate() {
             let interval = kv <= q && q < end as usize;
             assert_eq!(interval, sees(&parents, q, kv), "row {q} sees row {kv}");
-        }
-    }
-}
-
-/// Blocks of the mask by looking at every pair of rows.
-fn check_block_mask(tree: &Fold, query_block: usize, key_block: usize) {
-    let mask = tree.block_mask(query_block, key_block).unwrap();
-    let rows = tree.num_rows();
-    let parents = parents(tree);
-    let block = |b: usize, size: usize| b * size..rows.min((b + 1) * size);
-    assert_eq!(
-        (mask.query_block(), mask.key_block()),
-        (query_block, key_block)
-    );
-    assert_eq!(mask.num_blocks(), rows.div_ceil(query_block));
-    for q in 0..mask.num_blocks() {
-        let (mut full, mut partial) = (Vec::new(), Vec::new());
-        for kv in 0..rows.div_ceil(key_block) {
-            let keys = block(kv, key_block);
-            let pairs = block(q, query_block).flat_map(|q| keys.clone().map(move |kv| (q, kv)));
-            let seen: Vec<bool> = pairs.map(|(q, kv)| sees(&parents, q, kv)).collect();
-            if keys.len() == key_block && seen.iter().all(|&seen| seen) {
-                full.push(kv as u32);
-            } else if seen.iter().any(|&seen| seen) {
-                partial.push(kv as u32);
-            }
-        }
-        assert_eq!(mask.full().row(q), full, "full blocks of {q}");
-        assert_eq!(mask.partial().row(q), partial, "partial blocks of {q}");
-    }
-}
-
-/// Each row's path, from the root to it, by walking up; padding rows are one path.
-fn paths(fold: &Fold) -> Vec<Vec<u32>> {
-    let parents = parents(fold);
-    let path = |row: usize| {
-        if row >= fold.num_nodes() {
-            return (fold.num_nodes() as u32..=row as u32).collect();
-        }
-        let upwards = std::iter::successors(Some(row as u32), |&row| parents[row as usize]);
-        let mut path: Vec<u32> = upwards.collect();
-        path.reverse();
-        path
-    };
-    (0..fold.num_rows()).map(path).collect()
-}
-
-/// That the blocks that query blocks list are their rows' paths, cut at multiples of the block size.
-fn check_path_mask(tree: &Fold, query_block: usize, key_block: usize, window: Option<u32>) {
-    let mask = tree.path_mask(query_block, key_block, window).unwrap();
-    let paths = paths(tree);
-    let depths: Vec<u32> = paths.iter().map(|path| path.len() as u32 - 1).collect();
-    assert_eq!(mask.depth(), depths);
-    let level = |block: u32| mask.blocks()[block as usize][2] as usize / key_block;
-    // What a row sees of a block: its keys' places in the path, and their rows.
-    let seen = |row: usize, block: u32| -> Vec<(usize, u32)> {
-        let [first, end, depth, above] = mask.blocks()[block as usize];
-        let shared = depth as usize % key_block;
-        let rows = &mask.above()[above as usize..][..shared];
-        let rows = rows.iter().copied().chain(first..).take(key_block);
-        let own = |key: u32| (first..end).contains(&(row as u32)) && key <= row as u32;
-        let places = (level(block) * key_block..).zip(rows);
-        places.filter(|&(_, key)| own(key)).collect()
-    };
-    for (tile, start) in (0..tree.num_rows()).step_by(query_block).enumerate() {
-        let queries = start..tree.num_rows().min(start + query_block);
-        let [partial, full] = [mask.partial().row(tile), mask.full().row(tile)];
-        let listed = [partial, full].concat();
-        assert!(listed.is_sorted_by(|&a, &b| level(a) >= level(b)));
-        for row in queries.clone() {
-            let path = &paths[row];
-            let mut found: Vec<_> = listed.iter().flat_map(|&block| seen(row, block)).collect();
-            found.sort_unstable();
-            let nearest = window.map_or(0, |window| path.len().saturating_sub(window as usize));
-            let expected = path.iter().enumerate().map(|(at, &row)| (at, row));
-            // Blocks that begin before the window stand there as a whole.
-            let beyond = found.partition_point(|&(place, _)| place < nearest);
-            assert!(
-                expected.skip(nearest).eq(found[beyond..].iter().copied()),
-                "row {row}"
-            );
-            for &block in full {
-                assert_eq!(seen(row, block).len(), key_block, "row {row}");
-            }
-        }
-        for &block in partial {
-            assert!(
-                queries
-                    .clone()
-                    .any(|row| seen(row, block).len() < key_block)
-            );
-        }
-        for &block in &listed {
-            let last = (level(block) + 1) * key_block;
-            let near = |row: usize| window.is_none_or(|w| paths[row].len() < last + w as usize);
-            assert!(
-                queries.clone().any(near),
-                "block {block} is beyond the window"
-            );
         }
     }
 }
@@ -349,21 +136,6 @@ proptest! {
         }
     }
 
-    #[test]
-    fn path_masks_are_the_rows_paths(
-        batch in batches(), pad in 1..9usize, query_block in 1..20usize, key_block in 1..20usize,
-        window in prop::option::of(1..30u32),
-    ) {
-        check_path_mask(&batch.fold(Layout::DepthFirst, pad), query_block, key_block, window);
-    }
-
-    #[test]
-    fn block_masks_match_all_pairs(
-        batch in batches(), pad in 1..9usize, query_block in 1..20usize, key_block in 1..20usize,
-    ) {
-        check_block_mask(&batch.fold(Layout::DepthFirst, pad), query_block, key_block);
-    }
-
     /// Wide nodes find children by hash; splitting them hands the hashed children on.
     #[test]
     fn wide_nodes_match_the_oracle(
@@ -418,22 +190,6 @@ fn deep_and_branching_tries_fold() {
     for (query_block, key_block) in [(1, 1), (1, 7), (7, 7), (64, 16), (16, 64), (1000, 1000)] {
         check_block_mask(&tree, query_block, key_block);
     }
-}
-
-#[test]
-fn block_mask_of_a_plain_sequence_is_causal() {
-    let rows = 1 << 20;
-    let tokens: Vec<u32> = (0..rows).collect();
-    let tree = Fold::builder(&tokens, &tokens, &[0, rows])
-        .layout(Layout::DepthFirst)
-        .build()
-        .unwrap();
-    // Looking at every pair of rows would take 10^12 steps.
-    let mask = tree.block_mask(1 << 12, 1 << 12).unwrap();
-    let Csr { offsets, indices } = mask.full();
-    assert_eq!(indices.len(), 256 * 255 / 2);
-    assert_eq!(offsets[256], indices.len());
-    assert!((0..256).all(|block| mask.partial().row(block) == [block as u32]));
 }
 
 /// The groups of one file of real batches, each as sequences of bytes: what they share is what
