@@ -47,7 +47,7 @@ from gpu_forward.batches import Batch, load, unshared  # noqa: E402
 from gpu_forward.flips import flips  # noqa: E402
 from gpu_forward.models import SHAPES, padded, random_model, twin  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
-from gpu_forward.targets import FOLDED, UNSHARED, targets  # noqa: E402
+from gpu_forward.targets import FOLDED, UNFOLDED, UNSHARED, targets  # noqa: E402
 from radix_mlp import Fold  # noqa: E402
 from radix_mlp.torch import pick_backend  # noqa: E402
 from radix_mlp.transformers import UnsupportedModelError, fold  # noqa: E402
@@ -61,6 +61,7 @@ COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"
 SMALL = 8000
 # In which a batch's rounds begin.
 MAX_SECONDS = 10
+WAYS = ("mlp", *UNFOLDED, *FOLDED, *UNSHARED)
 # Columns without graphs of their own kind to be held against.
 OVER_NONE = ("padded", "mlp", "full", "padded compiled", "none compiled", "full compiled")
 
@@ -320,7 +321,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11, ways=True)
+    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"], 11, WAYS)
     record = Record(given.out, given.commit, ("shape", "batch"))
     batches = load(given.batches_file, given.only, smoke=given.smoke)
     seconds = 0 if given.smoke else SPAN_SECONDS

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,15 @@ class Record:
         self.path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n")
 
 
-def arguments(description: str | None, result: Path, shapes: list[str], rounds: int, *, ways: bool = False) -> Any:
+def arguments(description: str | None, result: Path, shapes: list[str], rounds: int, ways: Iterable[str] = ()) -> Any:
     """What the measuring scripts of the GPU take: see their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
     parser.add_argument("--batches-file", type=Path, help="what batches.py wrote; none: the synthetic ones only")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the batches to run")
     if ways:
-        parser.add_argument("--ways", nargs="+", metavar="NAME", help="the columns to measure; none is compared with")
+        text = "the only columns to measure, which replace a row of others; none is compared with"
+        parser.add_argument("--ways", nargs="+", choices=ways, metavar="NAME", help=f"{text}: {', '.join(ways)}")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--out", type=Path, default=result, help="keeps the other rows of the file")
     parser.add_argument("--commit", help="where there is no git to ask")

@@ -66,6 +66,16 @@ def test_forward_of_some_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert row["beside_unshared"]["wall_ms"].keys() == {"full", "unshared"}
 
 
+@pytest.mark.parametrize("script", ["gpu_forward/measure.py", "gpu_training/measure.py"])
+def test_ways_that_there_are_not_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    with pytest.raises(SystemExit):
+        smoke(monkeypatch, script, tmp_path / "result.json", "--ways", "none", "ful")
+    assert "invalid choice: 'ful'" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = tmp_path / "attention.json"

@@ -40,6 +40,7 @@ from gpu_forward.batches import SMOKE_VOCABULARY, VOCABULARY, Batch, small  # no
 from gpu_forward.measure import allocated, medians, release, timed  # noqa: E402
 from gpu_forward.models import SHAPES  # noqa: E402
 from gpu_forward.record import Record, arguments  # noqa: E402
+from gpu_training.report import COLUMNS  # noqa: E402
 from gpu_training.steps import (  # noqa: E402
     Groups,
     Step,
@@ -192,7 +193,7 @@ def show(row: Row) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b"], 7, ways=True)
+    given = arguments(__doc__, RESULT, ["qwen3-0.6b", "qwen3-4b"], 7, ("none", *COLUMNS))
     record = Record(given.out, given.commit, ("shape", "batch", "loss"))
     seconds = 0 if given.smoke else SPAN_SECONDS
     for shape in given.shapes:
