@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "sources.json"
 BUILT = [
     "Cargo.lock",
-    *(f"{crate}/{part}/**/*" for crate in ("kernels", "package") for part in ("src", "examples", "cuda")),
+    "Cargo.toml",
+    "kernels/Cargo.toml",
+    "kernels/build.rs",
+    "package/Cargo.toml",
+    *(
+        f"{folder}/**/*"
+        for folder in ("kernels/cuda", "kernels/src", "kernels/examples", "package/src", "package/examples")
+    ),
 ]
 # The oldest GPUs that the kernels run on; drivers translate candle's for newer ones.
 OLDEST = "80"
