@@ -16,7 +16,7 @@ enum Ids<'py> {
     I64(PyReadonlyArray1<'py, i64>),
 }
 
-/// Not derived, for that makes an exception of the first type's error: ten times a small fold's time.
+/// Not derived, for that makes an exception of the first type's error, which takes longer than a small fold.
 impl<'py> FromPyObject<'_, 'py> for Ids<'py> {
     type Error = PyErr;
 

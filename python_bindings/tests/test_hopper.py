@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_uint32, c_void_p
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from radix_mlp import Fold
 from radix_mlp._core import cuda_sources
 from radix_mlp.torch import attention
-from radix_mlp.torch.cuda_program import CAPABILITY, DTYPES, HEADERS
+from radix_mlp.torch.cuda_program import CAPABILITY, DTYPES, HEADERS, on
 from radix_mlp.torch.fold import to_device
 from radix_mlp.torch.hopper import (
     COUNTERS,
@@ -164,6 +165,22 @@ def test_each_launch_has_a_counter_of_its_own() -> None:
     taken = [_counter(torch.device("cpu"), stream) for _ in range(COUNTERS + 5) for stream in streams]
     assert len({counter.data_ptr() for counter in taken}) == len(taken)
     assert not torch.stack(taken).any()
+
+
+def test_another_device_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for index in (0, 1):
+        with on(torch.device("cuda", index)):
+            pass
+    assert entered == [torch.device("cuda", 0)]
 
 
 def test_others_have_none(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:

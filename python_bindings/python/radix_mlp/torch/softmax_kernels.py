@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 
-# Parts of longer arrays begin anywhere, for which there is one kernel.
-@triton.jit(do_not_specialize_on_alignment=["lse"])
+@triton.jit
 def row_logsumexp(logits, lse, columns, stride, BLOCK: tl.constexpr):
     """One program a row: `lse` [rows] of `logits` [rows, columns] in one reading (arXiv 1805.02867)."""
     row = tl.program_id(0)
@@ -25,7 +24,8 @@ def row_logsumexp(logits, lse, columns, stride, BLOCK: tl.constexpr):
     tl.store(lse + row, shift + tl.log(tl.sum(total * tl.exp(peak - shift), 0)))
 
 
-@triton.jit(do_not_specialize_on_alignment=["lse", "factor", "shift"])
+# A chunk's factors and shifts begin anywhere in those of all rows: there is one kernel for all chunks.
+@triton.jit(do_not_specialize_on_alignment=["factor", "shift"])
 def softmax_in_place(logits, lse, factor, shift, columns, stride, BLOCK: tl.constexpr):
     """One program a block of a row: exp(logits - lse) * factor - shift, of which the last three are [rows]."""
     row = tl.program_id(0)
