@@ -35,10 +35,10 @@ class Rates:
 
 # Measured on an H200 by benchmark/gpu_attention/measure.py, fitted by fit.py beside it; training is a forward and a
 # backward pass. No measured call of FlashAttention waited for the host. Both of the tree's passes are Hopper's kernels.
-TREE = Rates(1.34e-4, {"flops": 1.64e-15, "tiles": 3.97e-8})
-TREE_TRAINING = Rates(6.73e-4, {"flops": 6.71e-15, "tiles": 1.34e-7})
-FLASH = Rates(0.0, {"flops": 2.73e-15, "tiles": 3.46e-8, "bytes": 1.43e-13, "gathers": 8.82e-5})
-FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.28e-7, "bytes": 3.56e-12, "gathers": 3.36e-4})
+TREE = Rates(1.34e-4, {"flops": 1.64e-15, "tiles": 2.97e-8})
+TREE_TRAINING = Rates(6.73e-4, {"flops": 6.69e-15, "tiles": 1.09e-7})
+FLASH = Rates(0.0, {"flops": 2.69e-15, "tiles": 3.5e-8, "bytes": 1.42e-13, "gathers": 8.91e-5})
+FLASH_TRAINING = Rates(0.0, {"flops": 1.07e-14, "tiles": 1.29e-7, "bytes": 3.56e-12, "gathers": 3.36e-4})
 
 
 def tree_seconds(
