@@ -43,15 +43,13 @@ from tries import (
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 # One token in the place of another moves gradients by far more than rounding does, in either dtype.
 SEEN = 1e-2
-# The error of a folded step in bfloat16, against float32, over that of the unfolded one. A row's gradient is rounded
-# once, as the sum of its copies', whose own roundings partly cancel; what makes up for it is that it is not rounded
-# from layer to layer. Over seeds the mean is 0.97 to 1.05 in these tries, and single seeds scatter by 0.04.
-BFLOAT16_MEAN, BFLOAT16_EACH = 1.08, 1.2
-SEEDS = range(6)
-# In deep models both weigh more: over tries and seeds the mean is 0.97, of which single ones scatter by 0.08, and 1.14
-# where a gradient is rounded at every addition to the residual stream.
-DEEP_MEAN = 1.0
-DEEP_SEEDS = range(4)
+# The error of a folded step in bfloat16, against float32 with the same weights, over that of the unfolded one. A row's
+# gradient is rounded once, as the sum of its copies', whose own roundings partly cancel; what makes up for it is that
+# it is not rounded from layer to layer, nor between the head and the last layer. Over all tries and seeds the mean is
+# 0.97, and in deep models, where roundings add up, 0.95. Single tries' means are 0.92 to 1.01, single seeds scatter by
+# 0.02 around them, in deep models by 0.08.
+BFLOAT16_SHARED, BFLOAT16_MEAN, BFLOAT16_EACH = 1.0, 1.02, 1.05
+SEEDS, DEEP_SEEDS = range(6), range(4)
 LEVELS: tuple[Level, ...] = ("mlp", "full")
 # A family whose sequences have no second token trains nothing.
 TRAINING = {family: sequences for family, sequences in families().items() if max(map(len, sequences)) > 1}
@@ -156,16 +154,16 @@ def bfloat16_ratios(family: str, level: Level, backend: Backend, *, deep: bool =
     return ratios
 
 
-def deep_ratio(level: Level, backend: Backend) -> float:
-    """The mean of them in a deep model, over all tries that share and seeds."""
+def shared_ratio(level: Level, backend: Backend, *, deep: bool) -> float:
+    """The mean of them over all tries that share and seeds."""
     own = [family for family in TRAINING if family not in ("nothing shared", "empty and single")]
-    return mean(ratio for family in own for ratio in bfloat16_ratios(family, level, backend, deep=True))
+    return mean(ratio for family in own for ratio in bfloat16_ratios(family, level, backend, deep=deep))
 
 
 def rounded_ratio(backend: Backend) -> float:
-    """The same where a gradient is rounded at every addition to the residual stream."""
+    """The same in a deep model where a gradient is rounded at every addition to the residual stream."""
     with patch.object(Residual, "begin", lambda values, level: Residual(values, None)):
-        return deep_ratio("full", backend)
+        return shared_ratio("full", backend, deep=True)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -246,15 +244,16 @@ def test_bfloat16_is_no_further_from_float32(backend: Backend, family: str, leve
     assert max(ratios) < BFLOAT16_EACH
 
 
+@pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("backend", [backend for backend, _ in runs(torch.bfloat16)])
-def test_depth_takes_bfloat16_no_further(backend: Backend, level: Level) -> None:
-    assert deep_ratio(level, backend) < DEEP_MEAN
+def test_sharing_takes_bfloat16_no_further(backend: Backend, level: Level, deep: bool) -> None:
+    assert shared_ratio(level, backend, deep=deep) < BFLOAT16_SHARED
 
 
 @pytest.mark.parametrize("backend", [backend for backend, _ in runs(torch.bfloat16)])
 def test_rounding_at_every_addition_is_seen(backend: Backend) -> None:
-    assert rounded_ratio(backend) > DEEP_MEAN
+    assert rounded_ratio(backend) > BFLOAT16_SHARED
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -308,14 +307,17 @@ def main() -> None:
                 print(row)
                 broken |= not right
     for backend, _ in runs(torch.bfloat16):
-        deep, rounded = [deep_ratio(level, backend) for level in LEVELS], rounded_ratio(backend)
-        cells = "".join(f"{ratio:.3f}".rjust(11) for ratio in deep)
-        print(f"{f'{DEEP.num_hidden_layers} layers, all that share':26} {backend:12}{'':55}{cells}")
+        for deep, config in ((False, CONFIG), (True, DEEP)):
+            ratios = [shared_ratio(level, backend, deep=deep) for level in LEVELS]
+            cells = "".join(f"{ratio:.3f}".rjust(11) for ratio in ratios)
+            print(f"{f'{config.num_hidden_layers} layers, all that share':26} {backend:12}{'':55}{cells}")
+            broken |= not max(ratios) < BFLOAT16_SHARED
+        rounded = rounded_ratio(backend)
         print(f"{'rounded at every addition':26} {backend:12}{'':66}{rounded:11.3f}")
-        broken |= not max(deep) < DEEP_MEAN < rounded
+        broken |= not rounded > BFLOAT16_SHARED
     limits = [f"{NAMES[dtype]} below {bound:.0e}" for dtype, bound in BOUNDS.items()]
-    bfloat16 = f"bf16 below {BFLOAT16_MEAN} in the mean of {len(SEEDS)} seeds, each below {BFLOAT16_EACH}"
-    bfloat16 += f", below {DEEP_MEAN} in {DEEP.num_hidden_layers} layers"
+    bfloat16 = f"bf16 below {BFLOAT16_SHARED} over all that share, below {BFLOAT16_MEAN} in the mean of a try's seeds"
+    bfloat16 += f", each below {BFLOAT16_EACH}"
     print(*limits, f"merged above {SEEN}", bfloat16, sep=", ")
     sys.exit(broken)
 

@@ -310,6 +310,26 @@ class Residual(NamedTuple):
             return Residual(self.values + part, None)
         return Residual(*_Add.apply(self.values, self.carrier, part))  # type: ignore[no-untyped-call]
 
+    def normed(self, norm: nn.RMSNorm) -> Tensor:
+        """What `norm` makes of it [rows, hidden]; in float32 where there is a carrier, by which the gradient goes."""
+        if self.carrier is None:
+            normed: Tensor = norm(self.values)
+            return normed
+        values: Tensor = _Carried.apply(*self)  # type: ignore[no-untyped-call]
+        return nn.functional.rms_norm(values, norm.normalized_shape, norm.weight.to(values.dtype), norm.eps)
+
+
+class _Carried(torch.autograd.Function):
+    """`values` in float32, whose gradient is the carrier's."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, carrier: Tensor) -> Tensor:
+        return values.to(carrier.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
 
 class _Add(torch.autograd.Function):
     """`values` + `part`, and a carrier: by that comes one part of the sum's gradient, the other from what reads it."""
@@ -395,6 +415,11 @@ class Qwen3(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states after the last norm, [rows, hidden]; `batch.unfold` brings them to the N tokens."""
+        normed: Tensor = self.norm(self.stream(batch).values)
+        return normed
+
+    def stream(self, batch: Batch) -> Residual:
+        """The residual stream after the last layer."""
         embedded = self.embed_tokens(batch.input_ids)
         frequencies, factor = rotary_frequencies(self.config)
         # Angles need more digits than bfloat16 has; only their cosines and sines are rounded.
@@ -404,8 +429,7 @@ class Qwen3(nn.Module):
         for layer in self.layers:
             context = (x, cos, sin, batch, self.backend)
             x = checkpoint(layer, *context, use_reentrant=False) if self.checkpointing else layer(*context)
-        normed: Tensor = self.norm(x.values)
-        return normed
+        return x
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of every token, [N, vocabulary]; each row of them is computed once."""
@@ -417,7 +441,7 @@ class Qwen3(nn.Module):
         At level "full" a row of logits serves all tokens at its node, whose labels differ where the trie branches. The
         paper's level unfolds before the head.
         """
-        states = self(batch)
+        states = self.stream(batch).normed(self.norm)
         head = Head(self.lm_head.weight, into_grad=self.head_into_grad)
         if batch.level == "full":
             return cross_entropy(states, head, batch.fold, batch.labels, weights=weights)

@@ -65,14 +65,14 @@ def model(
     seed: int = 0,
     std: float | None = None,
 ) -> Qwen3:
-    """The same random weights in every dtype, up to rounding: torch's, or matrices of the standard deviation `std`."""
+    """The same random weights in every dtype, those of bfloat16: torch's, or matrices of standard deviation `std`."""
     torch.manual_seed(seed)
     own = Qwen3(config, backend=backend)
     if std is not None:
         for parameter in own.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=std)
-    return own.to(DEVICE, dtype)
+    return own.to(DEVICE, torch.bfloat16).to(dtype)
 
 
 def fold_at(level: Level, sequences: Sequences, device: str = DEVICE) -> Batch:

@@ -170,6 +170,31 @@ def test_sums_are_rounded_once_where_a_head_has_fewer_bits() -> None:
     assert torch.equal(weight.grad, expected)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+def test_states_of_more_bits_than_the_head_get_such_gradients(
+    monkeypatch: pytest.MonkeyPatch, function: Any, again: bool
+) -> None:
+    """Logits and their gradients are bfloat16, and nothing is rounded after them, the mean included."""
+    if again:
+        make_logits_again(monkeypatch)
+    monkeypatch.setattr("radix_mlp.torch.labels.MAX_LOGITS", 2 * VOCABULARY)
+    fold, labels = packed([[1, 2, 3, 4, 5, 6, 7, 8]], "depth_first")
+    torch.manual_seed(0)
+    hidden = torch.randn(fold.num_rows, HIDDEN, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN).bfloat16().requires_grad_()
+    gradient, of_weight = torch.autograd.grad(function(hidden, weight, fold, labels).sum(), (hidden, weight))
+    # Seven tokens predict something, in rows of their order.
+    states = hidden.detach()[:7].bfloat16()
+    logits = (states @ weight.detach().t()).float()
+    one_hot = functional.one_hot(labels[:7], VOCABULARY)
+    by = 7 if function is cross_entropy else -1
+    of_logits = (logits.softmax(-1) - one_hot).bfloat16().float() / by
+    assert_close(gradient[:7], of_logits @ weight.detach().float())
+    assert (gradient[7:] == 0).all()
+    assert_close(of_weight.float(), (of_logits.t() @ states.float()).bfloat16().float())
+
+
 def test_a_tied_head_and_its_embedding_add_up() -> None:
     fold, labels = packed(SEQUENCES, "depth_first")
     ids = torch.from_numpy(fold.input_ids.astype("int64"))
@@ -429,7 +454,8 @@ def test_backward_has_the_logits_of_an_autocast_forward(
     with torch.autocast("cpu", torch.bfloat16):
         found = function(hidden, head, fold, labels).sum()
         every = functional.cross_entropy(logits_of(hidden, head).float(), labels, reduction="sum")
-    expected = every / (len(labels) - 1) if function is cross_entropy else -every
-    gradients = [torch.autograd.grad(value, leaves) for value in (found, expected)]
+    # Gradients of logits are rounded before they are divided.
+    by = 1 / (len(labels) - 1) if function is cross_entropy else -1
+    gradients = [torch.autograd.grad(value, leaves) for value in (found, every)]
     for mine, theirs in zip(*gradients, strict=True):
-        assert_close(mine, theirs)
+        assert_close(mine, theirs * by)

@@ -65,6 +65,14 @@ def precision(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+def states_of(hidden: Tensor, rows: Tensor, head: Head | None) -> Tensor:
+    """Those of `rows`, in the head's dtype where that is the narrower one."""
+    states = hidden[rows]
+    if head is None or head.weight.itemsize >= states.itemsize:
+        return states
+    return states.to(head.weight.dtype)
+
+
 def logits_of(hidden: Tensor, head: Head | None) -> tuple[Tensor, Tensor | None]:
     """Logits of `hidden`, and their slope by what the head multiplied, None where it is 1.
 
@@ -122,11 +130,11 @@ class Sums:
     def __init__(self, hidden: Tensor, head: Head | None, wanted: tuple[bool, ...]) -> None:
         """`wanted` tells for hidden, weight and bias whether anybody wants to know."""
         self.head = head
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        # Sums over all rows: those of bfloat16 would lose the last of them.
-        self.weight, self.bias = (
-            torch.zeros_like(x, dtype=precision(hidden)) if x is not None and own else None
-            for x, own in zip(parameters(head), wanted[1:], strict=True)
+        # Those of logits are no sums. Sums over all rows in bfloat16 would lose the last of them.
+        dtypes = (hidden.dtype if head is None else precision(hidden), *[precision(hidden)] * 2)
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(x, dtype=dtype) if x is not None and own else None
+            for x, own, dtype in zip((hidden, *parameters(head)), wanted, dtypes, strict=True)
         )
 
     def add(self, rows: Tensor, states: Tensor, gradient: Tensor, slope: Tensor | None) -> None:
@@ -137,7 +145,7 @@ class Sums:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
         gradient = gradient.to(states.dtype)
         if self.hidden is not None:
-            own = gradient if self.head is None else gradient @ self.head.weight
+            own = gradient if self.head is None else _product(gradient, self.head.weight, self.hidden.dtype)
             self.hidden.index_copy_(0, rows, own.to(self.hidden.dtype))
         if self.weight is not None:
             _add_product(self.weight, gradient.t(), states)
@@ -168,14 +176,20 @@ def has_large_sums(head: Head, rows: int) -> bool:
 
 
 def gradients_by_columns(
-    hidden: Tensor, head: Head | None, pairs: Pairs, lse: Tensor, slopes: Slopes, wanted: tuple[bool, ...]
+    hidden: Tensor,
+    head: Head | None,
+    pairs: Pairs,
+    lse: Tensor,
+    slopes: Slopes,
+    wanted: tuple[bool, ...],
+    divisor: int = 1,
 ) -> Gradients:
     """Those for hidden, weight and bias, as `wanted`, in their dtypes: some of the vocabulary at a time.
 
-    `lse` [rows that predict something] is that of all their logits, which are made again. No sum of the head's size is
-    held: each row of its gradient is one product's.
+    All are divided by `divisor`. `lse` [rows that predict something] is that of all their logits, which are made again.
+    No sum of the head's size is held: each row of its gradient is one product's.
     """
-    states = hidden[pairs.rows]
+    states = states_of(hidden, pairs.rows, head)
     for_states = torch.zeros_like(states, dtype=precision(hidden)) if wanted[0] else None
     adds = head is not None and head.into_grad
     for_weight, for_bias = (
@@ -183,7 +197,7 @@ def gradients_by_columns(
         for x, own in zip(parameters(head), wanted[1:], strict=True)
     )
     for columns in pairs.columns(vocabulary(hidden, head)):
-        _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias))
+        _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias), 1 / divisor)
     if adds:
         for_weight = for_bias = None
     if for_states is None:
@@ -192,9 +206,9 @@ def gradients_by_columns(
 
 
 def _add_columns(
-    states: Tensor, head: Head | None, columns: Columns, lse: Tensor, slopes: Slopes, gradients: Gradients
+    states: Tensor, head: Head | None, columns: Columns, lse: Tensor, slopes: Slopes, gradients: Gradients, scale: float
 ) -> None:
-    """Adds what some of the vocabulary sends back; a function, at whose end its logits are freed."""
+    """Adds `scale` times what some of the vocabulary sends back; a function, at whose end its logits are freed."""
     for_states, for_weight, for_bias = gradients
     span = columns.span
     part = None if head is None else head.part(span)
@@ -206,27 +220,38 @@ def _add_columns(
         gradient = gradient * slope
     adds = head is not None and head.into_grad
     if for_bias is not None:
-        own_bias = gradient.sum(0, dtype=lse.dtype)
+        own_bias = gradient.sum(0, dtype=lse.dtype) * scale
         for_bias[span] = for_bias[span] + own_bias if adds else own_bias
     gradient = gradient.to(states.dtype)
     if for_states is not None and part is None:
-        for_states[:, span] = gradient.to(for_states.dtype)
+        for_states[:, span] = gradient.to(for_states.dtype) * scale
     elif for_states is not None and part is not None:
-        _add_product(for_states, gradient, part.weight)
+        _add_product(for_states, gradient, part.weight, scale)
     if for_weight is not None and adds:
-        _add_product(for_weight[span], gradient.t(), states)
+        _add_product(for_weight[span], gradient.t(), states, scale)
     elif for_weight is not None:
-        for_weight[span] = (gradient.t() @ states).to(for_weight.dtype)
+        for_weight[span] = _product(gradient.t(), states, lse.dtype).mul_(scale)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add `a @ b` to `total`, without a product of its size in memory where torch can do so."""
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in `dtype`, summed up in no narrower one."""
+    if b.itemsize >= dtype.itemsize:
+        return (a @ b).to(dtype)
+    product = torch.zeros(len(a), b.shape[1], dtype=dtype, device=a.device)
+    _add_product(product, a, b)
+    return product
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """Add `scale * (a @ b)` to `total`, without a product of its size in memory where torch can do so."""
     if total.dtype == b.dtype and not torch.is_autocast_enabled(b.device.type):
-        total.addmm_(a, b)
-    elif b.dtype in (torch.float16, torch.bfloat16) and _adds_to_float32(b.device, b.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        total.addmm_(a, b, alpha=scale)
+    elif b.itemsize < total.itemsize and b.device.type == "cpu":
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
+    elif b.itemsize < total.itemsize and _adds_to_float32(b.device, b.dtype):
+        torch.addmm(total, a, b, alpha=scale, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total.add_(a @ b, alpha=scale)
 
 
 @cache
@@ -235,7 +260,7 @@ def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
     ones = torch.ones(8, 8, dtype=dtype, device=device)
     total = ones.float()
     try:
-        torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)
+        torch.addmm(total, ones, ones, alpha=0.5, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError):
         return False
-    return bool((total == 9).all())
+    return bool((total == 5).all())

@@ -34,6 +34,7 @@ from radix_mlp.torch.logits import (
     parameters,
     precision,
     softmax_gradient,
+    states_of,
     vocabulary,
 )
 from radix_mlp.torch.softmax import logsumexp
@@ -58,7 +59,8 @@ def cross_entropy(
     """The loss of all tokens of the batch, from its compact rows; a scalar of float32, or float64.
 
     `hidden` is [rows, hidden] and `lm_head` a `Head` or its weight [vocabulary, hidden], or `hidden` is the
-    logits [rows, vocabulary] and `lm_head` None. `labels` [N] are the tokens that should follow each token of original
+    logits [rows, vocabulary] and `lm_head` None. States of more bits than the head has are rounded for its product
+    alone: their gradient keeps theirs. `labels` [N] are the tokens that should follow each token of original
     space (`next_token_labels` makes them), `ignore_index` where none counts. They are read on the host: those of an
     accelerator make it wait for them.
 
@@ -85,9 +87,10 @@ def cross_entropy(
     weight = pairs.counts.to(precision(hidden)) if given is None else pairs.summed(given)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if reduction == "mean":
-        weight /= max(1, len(pairs.tokens))
-    terms = _Terms(weight, label_smoothing, z_loss)
+    divisor = max(1, len(pairs.tokens)) if reduction == "mean" else 1
+    if head is None:
+        weight, divisor = weight / divisor, 1
+    terms = _Terms(weight, label_smoothing, z_loss, divisor)
     loss: Tensor = _Loss.apply(hidden, *parameters(head), head, pairs, terms)  # type: ignore[no-untyped-call]
     return loss
 
@@ -138,11 +141,16 @@ def next_token_labels(input_ids: Tensor, cu_seq_lengths: Tensor, ignore_index: i
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is summed up for each pair of a row and a label that counts: `weight`, that of all its tokens."""
+    """What is summed up for each pair of a row and a label that counts: `weight`, that of all its tokens.
+
+    The sum is divided by `divisor`, and so are the gradients that a head makes of the logits': these may be of 16 bits,
+    and divided they would be rounded all alike.
+    """
 
     weight: Tensor
     smoothing: float
     z_loss: float
+    divisor: int = 1
 
     def of_rows(self, pairs: Pairs) -> Tensor:
         """The weight of all pairs of each row that predicts something."""
@@ -158,7 +166,7 @@ class _Terms:
         """From each row's logsumexp and mean logit, which only smoothing reads, and each pair's logit."""
         smoothed = self.smoothing * (row_weight * mean).sum() if self.smoothing else 0.0
         labelled = (1 - self.smoothing) * (self.weight * chosen).sum()
-        return (row_weight * (lse + self.z_loss * lse * lse)).sum() - labelled - smoothed
+        return ((row_weight * (lse + self.z_loss * lse * lse)).sum() - labelled - smoothed) / self.divisor
 
     def with_z_loss(self, slopes: Slopes, lse: Tensor) -> Slopes:
         return replace(slopes, factor=slopes.factor * (1 + 2 * self.z_loss * lse)) if self.z_loss else slopes
@@ -174,7 +182,7 @@ def _chunk(
     hidden: Tensor, head: Head | None, chunk: Chunk, terms: _Terms, slopes: Slopes, sums: Sums | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_Terms.loss` wants of a chunk's logits, which are freed at the function's end. Adds to `sums`."""
-    states = hidden[chunk.rows]
+    states = states_of(hidden, chunk.rows, head)
     logits, slope = logits_of(states, head)
     lse, chosen = logsumexp(logits), logits[chunk.places, chunk.labels]
     mean = logits.mean(-1, dtype=lse.dtype) if terms.smoothing else lse
@@ -187,7 +195,7 @@ def _chunk(
 
 def _chunk_log_probs(hidden: Tensor, head: Head | None, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Those of the chunk's pairs, and each row's logsumexp."""
-    logits, _ = logits_of(hidden[chunk.rows], head)
+    logits, _ = logits_of(states_of(hidden, chunk.rows, head), head)
     lse = logsumexp(logits)
     return logits[chunk.places, chunk.labels] - lse[chunk.places], lse
 
@@ -219,7 +227,7 @@ class _Loss(torch.autograd.Function):
         parts += [_chunk(hidden, head, chunk, terms, slopes, sums) for chunk in pairs.chunks(columns)]
         lse, chosen, mean = map(torch.cat, zip(*parts, strict=True))
         ctx.again = (head, pairs, terms, _autocast(hidden.device)) if again else None
-        ctx.head = head
+        ctx.head, ctx.divisor = head, terms.divisor
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         # Saved, so that they go with the graph: the weight's is float32 of the size of the head.
         gradients = (None,) * 3 if sums is None else sums.all()
@@ -229,17 +237,19 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.again is None:
-            sums, dtypes = ctx.saved_tensors, ctx.dtypes
+            sums, dtypes, by = ctx.saved_tensors, ctx.dtypes, upstream[0] / ctx.divisor
             if ctx.head is not None and ctx.head.into_grad:
-                add_sums(ctx.head, sums[1:], upstream[0])
+                add_sums(ctx.head, sums[1:], by)
                 sums = (sums[0], None, None)
-            return (*map(_scaled, sums, upstream * 3, dtypes), None, None, None)
+            return (*map(_scaled, sums, [by] * 3, dtypes), None, None, None)
         hidden, weight, _, lse = ctx.saved_tensors
         head, pairs, terms, autocast = ctx.again
         with autocast:
             terms = replace(terms, weight=terms.weight * upstream[0])
             slopes = terms.with_z_loss(terms.slopes(pairs, terms.of_rows(pairs), len(weight)), lse)
-            return (*gradients_by_columns(hidden, head, pairs, lse, slopes, ctx.needs_input_grad[:3]), None, None, None)
+            wanted = ctx.needs_input_grad[:3]
+            gradients = gradients_by_columns(hidden, head, pairs, lse, slopes, wanted, terms.divisor)
+            return (*gradients, None, None, None)
 
 
 class _LogProbs(torch.autograd.Function):
