@@ -73,11 +73,16 @@ def install(model: PreTrainedModel) -> str:
     Returns the name of the model's own.
     """
     original: str = model.config._attn_implementation or "eager"
+    model.config._attn_implementation = register(original)
+    return original
+
+
+def register(original: str) -> str:
+    """Tell transformers of the folded attention in place of `original`; returns the name of it."""
     name = PREFIX + original
     AttentionInterface.register(name, partial(_attention_forward, original))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    model.config._attn_implementation = name
-    return original
+    return name
 
 
 def _attention_forward(

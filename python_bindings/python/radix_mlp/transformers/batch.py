@@ -25,7 +25,8 @@ class Packed:
 
     `input_ids` and `position_ids` are [N], `offsets` [sequences + 1]. Without `position_ids` each sequence's tokens
     count from 0. Ids of int64 may be the caller's own memory, which the fold checks. Sequence s came from the flattened
-    places `starts[s]:starts[s] + length` of `shape`, all others are padding.
+    places `starts[s]:starts[s] + length` of `shape`, all others are padding. `span` is how many positions there
+    are, from 0 to the largest, padding's among them.
     """
 
     input_ids: TokenIds
@@ -33,6 +34,7 @@ class Packed:
     offsets: Int64
     starts: Int64
     shape: tuple[int, int]
+    span: int
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,9 @@ def pack_call(
     host = _to_host(parts)
     sequences, length = ids.shape
     starts, lengths = _sequences(host, sequences, length, masked=attention_mask is not None)
-    positions = None
+    positions, span = None, length
     if position_ids is not None:
+        span = int(host["position_ids"].max(initial=-1)) + 1
         positions = unsigned("position_ids", _join(host["position_ids"], starts, lengths))
     elif count_padding and cu_seq_lengths is None:
         positions = _join(np.arange(length, dtype=np.uint32), starts % max(length, 1), lengths)
@@ -143,6 +146,7 @@ def pack_call(
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         starts,
         (sequences, length),
+        span if cu_seq_lengths is None else int(lengths.max(initial=0)),
     )
 
 
@@ -164,7 +168,7 @@ def _spans(mask: Tensor) -> Tensor | None:
     if mask.shape[1] == 0:
         return torch.zeros(3, len(mask), dtype=torch.int64, device=mask.device)
     # The index of a largest value is that of the first of them.
-    if mask.is_cuda:
+    if mask.device.type != "cpu":
         kept = mask.bool().byte()
         return torch.stack([kept.argmax(1), mask.shape[1] - kept.flip(1).argmax(1), kept.sum(1)])
     # By NumPy: torch's threads take milliseconds to come together where other work has the cores.
@@ -184,12 +188,12 @@ def _to_host(parts: dict[str, Tensor]) -> dict[str, NDArray[Any]]:
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     flat = [tensor.flatten() for tensor in parts.values()]
-    if not flat[0].is_cuda:
+    if flat[0].device.type == "cpu":
         return {name: tensor.numpy() for name, tensor in zip(parts, flat, strict=True)}
     # What int32 cannot hold must not wrap around to what a model has an embedding for.
     limit = torch.iinfo(torch.int32)
     packed = torch.cat([tensor.clamp(limit.min, limit.max).to(torch.int32) for tensor in flat])
-    pinned = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True).copy_(packed)
+    pinned = torch.empty(packed.shape, dtype=torch.int32, pin_memory=packed.is_cuda).copy_(packed)
     pieces = torch.split(pinned, [tensor.numel() for tensor in flat])
     return {name: piece.numpy() for name, piece in zip(parts, pieces, strict=True)}
 
@@ -252,6 +256,9 @@ def packed_values(packed: Packed, values: Tensor, *, after: int | None = None) -
 
 def fold_call(packed: Packed, level: Level, device: torch.device, pad_multiple_of: int | None = None) -> Batch:
     """Fold `packed` for `level`: see `Batch`."""
+    if not len(packed.input_ids):
+        # No model takes a batch of no rows: this one nobody reads.
+        return Batch(packed, Fold([0], [0], [0, 1], layout="depth_first"), None, device)
     folded = partial(Fold, packed.input_ids, packed.position_ids, packed.offsets, layout="depth_first")
     own = np.arange(len(packed.starts))
     fold = folded(pad_multiple_of=pad_multiple_of, salts=own if level == "none" else None)

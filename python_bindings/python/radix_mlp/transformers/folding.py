@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import numpy as np
@@ -17,15 +17,16 @@ from transformers.utils.generic import ModelOutput
 
 from radix_mlp.torch.dispatch import Backend
 from radix_mlp.torch.eager import eager, eager_itself
-from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install
+from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install, register
 from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
-from radix_mlp.transformers.loss import folded_loss, labels_of_tokens, lm_head
+from radix_mlp.transformers.loss import folded_loss, labels_of_tokens, lm_head, without_padding
 from radix_mlp.transformers.support import (
     PROVEN,
     UnsupportedModelError,
     counts_padding,
     find_model,
     refuse_dropout,
+    refuse_padding,
     refuse_unsupported,
 )
 
@@ -69,12 +70,14 @@ def fold(
     number of rows, in steps of 128, is captured when it first comes, with what `torch.compile` made of its layers.
 
     In training mode, with `labels`, the loss is that of `radix_mlp.torch.cross_entropy`: the vocabulary's logits
-    exist for a chunk of nodes at a time, and `logits` of the result is None. Labels behind padding count nothing.
+    exist for a chunk of nodes at a time, and `logits` of the result is None. Labels behind padding count nothing, in
+    evaluation either.
     Active dropout or noise is refused, as copies of a token would draw different values, unless `allow_dropout` says
     that they may share theirs; dropout within attention is refused always.
 
-    A cache is made only where `use_cache=True` is passed. Tokens after a cache, as `generate` decodes
-    them, run as in the model itself.
+    Without a mask, positions that do not go on by one begin a sequence, as for FlashAttention in transformers. A cache
+    is made only where `use_cache=True` is passed, for sequences in rows of their own. Tokens after a cache, as
+    `generate` decodes them, run as in the model itself. A copy of a folded model is one of its own.
 
     Raises UnsupportedModelError, with the reason, where folding would change the model's results. A type of
     model that the tests do not cover is first run both ways on a small batch, and refused if they differ.
@@ -98,7 +101,7 @@ def fold(
 def unfold(model: Module) -> Module:
     """Give a folded model its own forward back, in place; return it."""
     target = find_model(model)
-    folding: Folding | None = getattr(target, ATTRIBUTE, None)
+    folding = _folding(target)
     if folding is None:
         raise ValueError(f"{type(target).__name__} is not folded")
     folding.remove()
@@ -107,7 +110,12 @@ def unfold(model: Module) -> Module:
 
 def is_folded(model: nn.Module) -> bool:
     """Whether the transformers model that `model` is or holds folds its batches."""
-    return hasattr(find_model(model), ATTRIBUTE)
+    return _folding(find_model(model)) is not None
+
+
+def _folding(model: PreTrainedModel) -> "Folding | None":
+    """That of a model, whether it was folded with its head or its decoder alone."""
+    return getattr(model, ATTRIBUTE, None) or getattr(model.base_model, ATTRIBUTE, None)
 
 
 @contextmanager
@@ -138,7 +146,10 @@ class Call:
 
 
 class Folding:
-    """The forwards of one model that fold: of its decoder, and of the model itself where that has an LM head."""
+    """The forwards of one model that fold: of its decoder, and of the model itself where that has an LM head.
+
+    A copy of the model has a copy of it, which runs on the copy's weights: so nothing here is a closure.
+    """
 
     def __init__(
         self,
@@ -160,50 +171,45 @@ class Folding:
         if cuda_graphs:
             self.graphs, self.row_multiple = _graphs()
         self.implementation = install(model)
-        self.run_decoder = self._replace(self.decoder, self._decode)
-        if self._has_lm_head():
-            self.run_model = self._replace(model, self._predict)
-        setattr(model, ATTRIBUTE, self)
+        self.modules = [self.decoder] if model is self.decoder else [self.decoder, model]
+        self.run_decoder: Callable[..., ModelOutput] = self.decoder.forward
+        self.run_model: Callable[..., ModelOutput] = model.forward
+        # What hooks of others have put on the modules themselves.
+        self.wrapped = [module.__dict__.get("forward") for module in self.modules]
+        has_lm_head = self._has_lm_head()
+        self.decoder.forward = Forward(self, self.decoder, self.run_decoder)
+        if has_lm_head:
+            model.forward = Forward(self, model, self.run_model)
+        for module in self.modules:
+            setattr(module, ATTRIBUTE, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's, maybe in a process in which nothing was folded."""
+        vars(self).update(state)
+        register(self.implementation)
 
     def remove(self) -> None:
-        for module in {self.model, self.decoder}:
+        for module, wrapped in zip(self.modules, self.wrapped, strict=True):
             module.__dict__.pop("forward", None)
+            if wrapped is not None:
+                module.forward = wrapped
+            delattr(module, ATTRIBUTE)
         self.model.config._attn_implementation = self.implementation
-        delattr(self.model, ATTRIBUTE)
 
     def _has_lm_head(self) -> bool:
         takes = inspect.signature(self.model.forward).parameters
         return self.model is not self.decoder and "logits_to_keep" in takes
 
-    def _replace(
-        self, module: nn.Module, folding: Callable[[dict[str, Any]], ModelOutput]
-    ) -> Callable[..., ModelOutput]:
-        """Run `folding` in place of `module.forward`, but where a cache or an outer call has been there before."""
-        own = module.forward
-        signature = inspect.signature(own)
-
-        @wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = signature.bind_partial(*args, **kwargs).arguments
-            call |= call.pop("kwargs", {})
-            cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
-            if KEYWORD in call:
-                return self._run(call) if module is self.decoder else own(**call)
-            if cache is not None and cache.get_seq_length() > 0:
-                return own(**call)
-            as_dict = call.pop("return_dict", None)
-            output = folding(call)
-            dictionary = self.model.config.return_dict if as_dict is None else as_dict
-            return output if dictionary else output.to_tuple()
-
-        module.forward = eager_itself(forward)
-        return own
+    def run(self, module: nn.Module, call: dict[str, Any]) -> ModelOutput:
+        """The outputs of `module`, the decoder or the model, for a padded or packed call."""
+        output: ModelOutput = (self._decode if module is self.decoder else self._predict)(call)
+        return output
 
     @eager_itself
     def _decode(self, call: dict[str, Any]) -> ModelOutput:
         """The decoder's outputs for a padded or packed call."""
         folded: Call = self._fold(call)
-        return self._restored(self._run(folded.options, folded.batch), folded, {})
+        return self._restored(self.run_compact(folded.options, folded.batch), folded, {})
 
     @eager_itself
     def _predict(self, call: dict[str, Any]) -> ModelOutput:
@@ -215,7 +221,7 @@ class Folding:
             # Read before the model runs: the host would wait for it.
             ignored = options.get("ignore_index", -100)
             own = labels_of_tokens(folded.batch, labels, options.get("shift_labels"), ignored)
-            compact = self._run(folded.options, folded.batch)
+            compact = self.run_compact(folded.options, folded.batch)
             count = options.get("num_items_in_batch")
             loss = folded_loss(compact[0], head, self.model.config, folded.batch, own, count, ignored)
             return self._restored(compact, folded, {"loss": loss}, CausalLMOutputWithPast)
@@ -223,11 +229,12 @@ class Folding:
         compact = self.run_model(**folded.batch.inputs(), **folded.options)
         ready = {"logits": restore(compact["logits"])}
         if labels is not None:
+            labels, options = without_padding(folded.batch, labels, options)
             ready["loss"] = self.model.loss_function(ready["logits"], labels, self.model.config.vocab_size, **options)
         return self._restored(compact, folded, ready)
 
     @eager_itself
-    def _run(self, call: dict[str, Any], batch: Batch | None = None) -> ModelOutput:
+    def run_compact(self, call: dict[str, Any], batch: Batch | None = None) -> ModelOutput:
         """The decoder itself on compact rows, as a CUDA graph where that is asked for and possible.
 
         The rows are those of `batch` where the call has none; a graph has its own way to bring them to the device.
@@ -255,10 +262,15 @@ class Folding:
             bounds,
             count_padding=self.count_padding,
         )
+        if use_cache and len(packed.starts) != packed.shape[0]:
+            raise ValueError(
+                f"use_cache=True wants each sequence in a row of its own, got {len(packed.starts)} in {packed.shape[0]}"
+            )
         embeddings = next(self.decoder.get_input_embeddings().parameters())
         batch = fold_call(packed, self.level, embeddings.device, self.row_multiple)
         if len(batch.fold.input_ids) and (largest := batch.fold.input_ids.max()) >= len(embeddings):
             raise ValueError(f"input_ids holds {largest}, but the model has {len(embeddings)} embeddings")
+        refuse_padding(self.model, packed.span, int(batch.fold.position_ids.max()) + 1)
         attend = FoldedAttention(batch.fold, self.backend, batch.copies)
         options = {
             **rest,
@@ -350,6 +362,30 @@ class Folding:
             assert states.values is not None
             cache.update(batch.restore(states.keys, dim=2), batch.restore(states.values, dim=2), layer)
         return cache
+
+
+class Forward:
+    """In place of a module's `own` forward: folds a call, but where a cache or an outer call has been there before."""
+
+    def __init__(self, folding: Folding, module: nn.Module, own: Callable[..., ModelOutput]) -> None:
+        self.folding, self.module, self.own = folding, module, own
+        self.signature = inspect.signature(own)
+        update_wrapper(self, own)
+
+    @eager_itself
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        folding = self.folding
+        call = self.signature.bind_partial(*args, **kwargs).arguments
+        call |= call.pop("kwargs", {})
+        cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+        if KEYWORD in call:
+            return folding.run_compact(call) if self.module is folding.decoder else self.own(**call)
+        if cache is not None and cache.get_seq_length() > 0:
+            return self.own(**call)
+        as_dict = call.pop("return_dict", None)
+        output = folding.run(self.module, call)
+        dictionary = folding.model.config.return_dict if as_dict is None else as_dict
+        return output if dictionary else output.to_tuple()
 
 
 def _kept(index: Int32, keep: int | Tensor) -> Int32:

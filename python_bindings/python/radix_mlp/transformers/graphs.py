@@ -132,6 +132,10 @@ class Graphs:
         self.graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle()
 
+    def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
+        """A copy has none: graphs run on the weights that they were captured with."""
+        return Graphs, ()
+
     @eager
     def takes(self, call: dict[str, Any]) -> bool:
         """Whether the decoder's call, on compact rows, can be replayed."""

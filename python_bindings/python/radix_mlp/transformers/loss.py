@@ -1,5 +1,8 @@
 """The loss of a folded model in training, on the trie: no logits of the whole batch."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,6 +34,21 @@ def labels_of_tokens(batch: Batch, labels: Tensor, shift_labels: Tensor | None, 
     if shift_labels is None:
         return packed_values(batch.packed, labels, after=ignore_index)
     return packed_values(batch.packed, shift_labels)
+
+
+@eager
+def without_padding(batch: Batch, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """`labels` and the `options` of a loss, in which nothing is left that padding would predict."""
+    shifted = options.get("shift_labels")
+    padding = torch.from_numpy(batch.index == batch.fold.num_rows)
+    if shifted is None:
+        # A label's logits are those of the place before; a row's first label has none.
+        padding = padding.roll(1, -1)
+    given = labels if shifted is None else shifted
+    if given.numel() != padding.numel():
+        raise ValueError(f"labels must be {list(padding.shape)} like input_ids, got shape {tuple(given.shape)}")
+    kept = given.masked_fill(padding.to(given.device).view(given.shape), options.get("ignore_index", -100))
+    return (kept, options) if shifted is None else (labels, options | {"shift_labels": kept})
 
 
 @eager

@@ -26,6 +26,8 @@ RANDOM_ROUTING = {"phimoe"}
 RANDOM_WORDS = ("drop", "jitter", "noise")
 # With learned positions that the model counts from the attention mask.
 COUNTED_BY_MASK = {"opt"}
+# Rotary embeddings whose frequencies follow the largest position of a call: with it, or by one step.
+GROWING, SWITCHING = "dynamic", "longrope"
 
 
 class UnsupportedModelError(ValueError):
@@ -80,12 +82,31 @@ def _randomness(module: nn.Module) -> str | None:
 def counts_padding(model: PreTrainedModel) -> bool:
     """Whether padding on the left, without position_ids, moves positions that `model` sees as such.
 
-    Where only their differences matter, as with rotary embeddings, it may be left out of them.
+    Where only their differences matter, as with rotary embeddings, it may be left out of them: of types that the tests
+    do not cover nobody knows.
     """
-    if model.config.model_type in ABSOLUTE:
+    if model.config.model_type in ABSOLUTE or model.config.model_type not in PROVEN:
         return True
     rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
     return not rotary and model.config.model_type not in COUNTED_BY_MASK
+
+
+def refuse_padding(model: PreTrainedModel, padded: int, longest: int) -> None:
+    """Raises ValueError where padding changes the rotary frequencies of `model`, which the fold does not see.
+
+    `padded` positions are spanned by a call with its padding, `longest` by its sequences.
+    """
+    given = getattr(model.config, "rope_parameters", None) or {}
+    for rope in (given, *given.values()):
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind not in (GROWING, SWITCHING):
+            continue
+        limit = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+        if longest < padded > limit and (kind == GROWING or longest <= limit):
+            raise ValueError(
+                f"padding spans {padded} positions and the longest sequence {longest}: past {limit}, the {kind} rotary "
+                f"embeddings of {type(model).__name__} are others. Pad to the longest sequence, or unfold the model"
+            )
 
 
 def _reason(model: PreTrainedModel) -> str | None:
