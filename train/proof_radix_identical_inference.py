@@ -20,10 +20,10 @@ from radix_torch_varlen import Batch, Level
 from tries import CONFIG, DEVICE, DTYPES, MERGEABLE, NAMES, affordable, families, fold_at, model, runs, wrongly_folded
 
 # Largest difference of a state over the largest state. Rows are the same sums in another order or grouping: a few units
-# in the last place (1.1e-16 and 6e-8) for each of some dozen sums in three layers.
-BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6}
-# One token in the place of another moves a state by far more than rounding does, in either dtype.
-SEEN = 1e-2
+# in the last place (1.1e-16, 6e-8 and 4e-3) for each of some dozen sums in three layers; in bfloat16 most are the same.
+BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 5e-2}
+# One token in the place of another moves a state by far more than rounding does, in any dtype.
+SEEN = 1e-1
 LEVELS: tuple[Level, ...] = ("mlp", "full")
 # Sequences of equal lengths: among more keys a kernel groups the sums over a row of scores in another way.
 EQUALLY_LONG = [

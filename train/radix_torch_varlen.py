@@ -172,6 +172,7 @@ class Qwen3Config:
         rope = {"rope_theta": values.get("rope_theta", 10_000.0), **rope}
         rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
         rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        values.setdefault("head_dim", 128)
         config = cls(
             **{name: values[name] for name in cls.__dataclass_fields__ if name in values and name != "rope_parameters"},
             rope_parameters=rope,
@@ -315,8 +316,14 @@ class Residual(NamedTuple):
         if self.carrier is None:
             normed: Tensor = norm(self.values)
             return normed
-        values: Tensor = _Carried.apply(*self)  # type: ignore[no-untyped-call]
-        return nn.functional.rms_norm(values, norm.normalized_shape, norm.weight.to(values.dtype), norm.eps)
+        # Computed again in the backward pass: what a loss takes comes on top of what is kept here.
+        precise: Tensor = checkpoint(_precisely_normed, *self, norm.weight, norm.eps, use_reentrant=False)
+        return precise
+
+
+def _precisely_normed(values: Tensor, carrier: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    carried: Tensor = _Carried.apply(values, carrier)  # type: ignore[no-untyped-call]
+    return nn.functional.rms_norm(carried, weight.shape, weight.to(carried.dtype), eps)
 
 
 class _Carried(torch.autograd.Function):

@@ -195,6 +195,42 @@ def test_states_of_more_bits_than_the_head_get_such_gradients(
     assert_close(of_weight.float(), (of_logits.t() @ states.float()).bfloat16().float())
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_scaled_loss_stays_within_float16(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """As GradScaler scales it: by more than float16 could hold if gradients of logits were not divided first."""
+    if again:
+        make_logits_again(monkeypatch)
+    fold, labels = packed([[1, 2, 3, 4, 5, 6, 7, 8]] * 64, "depth_first")
+    torch.manual_seed(0)
+    hidden = (torch.randn(fold.num_rows, HIDDEN) / 8).half().requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN).half().requires_grad_()
+    found = torch.autograd.grad(2.0**15 * cross_entropy(hidden, weight, fold, labels), (hidden, weight))
+    states, head = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    expected = torch.autograd.grad(2.0**15 * cross_entropy(states, head, fold, labels), (states, head))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.isfinite().all()
+        assert (mine - theirs).norm() < 2e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("function", [cross_entropy, log_probs])
+def test_a_second_derivative_is_refused(function: Any) -> None:
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden, head, _ = draw(fold, torch.float64, "plain")
+    loss = function(hidden, head, fold, labels).square().sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.backward(gradient.sum())
+
+
+def test_what_is_no_head_for_these_states_is_refused() -> None:
+    fold, labels = packed(SEQUENCES, "depth_first")
+    hidden = torch.zeros(fold.num_rows, HIDDEN, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="lm_head must be a Head, a tensor or None, got Linear"):
+        cross_entropy(hidden, torch.nn.Linear(HIDDEN, VOCABULARY), fold, labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the head's weight is torch.float32, but hidden is torch.bfloat16"):
+        cross_entropy(hidden, torch.zeros(VOCABULARY, HIDDEN), fold, labels)
+
+
 def test_a_tied_head_and_its_embedding_add_up() -> None:
     fold, labels = packed(SEQUENCES, "depth_first")
     ids = torch.from_numpy(fold.input_ids.astype("int64"))

@@ -39,14 +39,18 @@ class Head:
 
 
 def check(hidden: Tensor, head: Head | None, fold: Fold) -> None:
-    """Raises ValueError for tensors that do not go together."""
+    """Raises ValueError for tensors that do not go together, TypeError for what is no head."""
     if hidden.ndim != 2 or len(hidden) != fold.num_rows:
         raise ValueError(f"hidden must be [{fold.num_rows}, width], got shape {tuple(hidden.shape)}")
+    if head is not None and not isinstance(head.weight, Tensor):
+        raise TypeError(f"lm_head must be a Head, a tensor or None, got {type(head.weight).__name__}")
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
         raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
     for name, parameter in zip(("weight", "bias"), parameters(head), strict=True):
         if parameter is None or head is None:
             continue
+        if parameter.itemsize > hidden.itemsize and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"the head's {name} is {parameter.dtype}, but hidden is {hidden.dtype}")
         if parameter.device != hidden.device:
             raise ValueError(f"the head's {name} is on {parameter.device}, but hidden is on {hidden.device}")
         if head.into_grad and parameter.requires_grad and not parameter.is_leaf:
@@ -182,12 +186,12 @@ def gradients_by_columns(
     lse: Tensor,
     slopes: Slopes,
     wanted: tuple[bool, ...],
-    divisor: int = 1,
+    scale: float = 1.0,
 ) -> Gradients:
     """Those for hidden, weight and bias, as `wanted`, in their dtypes: some of the vocabulary at a time.
 
-    All are divided by `divisor`. `lse` [rows that predict something] is that of all their logits, which are made again.
-    No sum of the head's size is held: each row of its gradient is one product's.
+    `scale` times what the slopes make. `lse` [rows that predict something] is that of all their logits, which are made
+    again. No sum of the head's size is held: each row of its gradient is one product's.
     """
     states = states_of(hidden, pairs.rows, head)
     for_states = torch.zeros_like(states, dtype=precision(hidden)) if wanted[0] else None
@@ -197,7 +201,7 @@ def gradients_by_columns(
         for x, own in zip(parameters(head), wanted[1:], strict=True)
     )
     for columns in pairs.columns(vocabulary(hidden, head)):
-        _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias), 1 / divisor)
+        _add_columns(states, head, columns, lse, slopes, (for_states, for_weight, for_bias), scale)
     if adds:
         for_weight = for_bias = None
     if for_states is None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from radix_mlp.fold import Fold
 from radix_mlp.torch.eager import eager
@@ -73,8 +74,8 @@ def cross_entropy(
     (arXiv 2410.10989); for few rows and a large head in the backward pass, which makes the logits again, some of the
     vocabulary at a time.
 
-    Raises ValueError for shapes, devices, labels or options that do not go together, TypeError for labels that are not
-    integers.
+    Raises ValueError for shapes, devices, dtypes, labels or options that do not go together, TypeError for labels that
+    are not integers and for what is no head.
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in 0..=1, got {label_smoothing}")
@@ -235,6 +236,7 @@ class _Loss(torch.autograd.Function):
         return terms.loss(row_weight, lse, chosen, mean)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.again is None:
             sums, dtypes, by = ctx.saved_tensors, ctx.dtypes, upstream[0] / ctx.divisor
@@ -244,11 +246,13 @@ class _Loss(torch.autograd.Function):
             return (*map(_scaled, sums, [by] * 3, dtypes), None, None, None)
         hidden, weight, _, lse = ctx.saved_tensors
         head, pairs, terms, autocast = ctx.again
+        # A power of two rounds nothing, and keeps what a loss is scaled by within the range of 16 bits.
+        power = 1 << (terms.divisor.bit_length() - 1)
         with autocast:
-            terms = replace(terms, weight=terms.weight * upstream[0])
+            terms = replace(terms, weight=terms.weight * (upstream[0] / power))
             slopes = terms.with_z_loss(terms.slopes(pairs, terms.of_rows(pairs), len(weight)), lse)
             wanted = ctx.needs_input_grad[:3]
-            gradients = gradients_by_columns(hidden, head, pairs, lse, slopes, wanted, terms.divisor)
+            gradients = gradients_by_columns(hidden, head, pairs, lse, slopes, wanted, power / terms.divisor)
             return (*gradients, None, None, None)
 
 
@@ -266,6 +270,7 @@ class _LogProbs(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, _, _, lse = ctx.saved_tensors
         head, pairs, autocast = ctx.again
