@@ -60,6 +60,7 @@ def forward(result: Row) -> str:
         "flops",
         *(COLUMNS[name] for name in names),
         "fastest folded over fastest unfolded",
+        "GiB, `none` → `full`",
     ]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in sorted(result["rows"], key=lambda row: (ORDER.index(row["batch"]), row["shape"])):
@@ -68,7 +69,8 @@ def forward(result: Row) -> str:
         best = ratio(fastest(row, UNFOLDED), fastest(row, FOLDED))
         size = f"{row['tokens']:,} → {row['nodes']:,} | {row['compression']:.2f}"
         shape = row["shape"].removeprefix("qwen3-").upper()
-        cells = [row["batch"], size, shape, f"{row['flop_compression']:.2f}", *speeds, best]
+        peaks = " → ".join(f"{row['peak_gib'][name]:.1f}" for name in ("none", "full"))
+        cells = [row["batch"], size, shape, f"{row['flop_compression']:.2f}", *speeds, best, peaks]
         lines.append(f"| {' | '.join(cells)} |")
     checks = missed(gpu_forward.targets.targets(result["rows"]))
     parts = [method(result["rows"]), same_bits(result["rows"]), flips(result["rows"]), checks]

@@ -39,8 +39,8 @@ def targets(rows: list[Row]) -> list[Row]:
     """Each target with the worst value of the rows that it is about, by the wall clock; none without such rows."""
     checks: list[Row] = []
     for shape, share in SHARE.items():
-        own = [row for row in rows if row["shape"] == shape and row["compression"] >= 2]
-        large = [row for row in own if row["nodes"] >= SMALL]
+        own = [row for row in rows if row["shape"] == shape]
+        large = [row for row in own if row["nodes"] >= SMALL and row["compression"] >= 2]
         small = [row for row in own if row["nodes"] < SMALL]
         text = f"{shape}, from {SMALL:,} nodes on: speed-up over {{}} as a share of compression"
         checks += speed_targets(text, share, large, of_compression)

@@ -4,7 +4,7 @@ from typing import Any
 
 from gpu_forward.checks import missed
 from gpu_training.targets import gradient_targets, targets
-from steady import method
+from steady import method, names
 
 Row = dict[str, Any]
 
@@ -40,8 +40,15 @@ def section(result: Row) -> str:
         fewer = [f"{row[key]:.2f}" for key in ("compression", "flop_compression")]
         cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]
         lines.append(f"| {' | '.join([*cells, *speeds, peaks])} |")
-    texts = [method(result["rows"]), shapes(result["rows"]), missed(targets(result["rows"]))]
+    rows = result["rows"]
+    texts = [checkpointed(rows), method(rows), shapes(rows), missed(targets(rows))]
     return "\n\n".join([intro, "\n".join(lines), *texts])
+
+
+def checkpointed(rows: list[Row]) -> str:
+    """Of which rows layers are computed again."""
+    again = names([row for row in rows if row.get("checkpointing")], rows)
+    return f"Layers are checkpointed, in all columns, where `none` has no memory otherwise: {again or 'nowhere'}."
 
 
 def shapes(rows: list[Row]) -> str:

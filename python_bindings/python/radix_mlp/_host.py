@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import TypeIs
 
+# NumPy's own way to them takes as long as a small fold.
+LIMITS: dict[Any, int] = {dtype: int(np.iinfo(dtype).max) for dtype in (np.uint32, np.uint64)}
+
 TokenIds = NDArray[np.uint32] | NDArray[np.int64]
 
 
@@ -52,7 +55,7 @@ def unsigned(name: str, values: Any, dtype: Any = np.uint32) -> NDArray[Any]:
         return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
     if array.size == 0:
         return np.empty(0, dtype)
-    limit = np.iinfo(dtype).max
+    limit = LIMITS[dtype]
     if array.dtype.kind not in "iu":
         # NumPy makes floats or objects of a list with integers of 2**63 and more.
         exact = np.asarray(values, object)

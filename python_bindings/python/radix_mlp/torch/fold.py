@@ -1,5 +1,6 @@
 """Folding batches of torch tensors. Importing this module imports torch."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from radix_mlp.fold import Fold
 
+INT32_MAX = np.iinfo(np.int32).max
+NUMPY: dict[torch.dtype, Any] = {torch.int32: np.int32, torch.int64: np.int64}
+
 
 @dataclass(frozen=True)
 class FoldTensors:
-    """The arrays of a `Fold` as int32 tensors of one device: slices of one buffer."""
+    """The arrays of a `Fold` as int32 tensors of one device: of an accelerator, slices of one buffer."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -74,14 +78,22 @@ def to_device(
 
     Raises ValueError where int32 cannot hold a value.
     """
+    if device.type == "cpu":
+        for name, array in arrays.items():
+            _refuse_large(name, array, dtype)
+        return {name: torch.from_numpy(array.astype(NUMPY[dtype])) for name, array in arrays.items()}
     packed = pack(arrays, dtype, pinned=device.type == "cuda").to(device, non_blocking=True)
     return sections(packed, {name: len(array) for name, array in arrays.items()})
 
 
 def sections(packed: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """The parts of `packed`, each of which starts at whole 16 bytes: a kernel compiled for one fits all."""
-    starts = np.cumsum([0, *map(_aligned, sizes.values())]).tolist()
-    return {name: packed[start : start + size] for (name, size), start in zip(sizes.items(), starts, strict=False)}
+    return {name: packed[start : start + sizes[name]] for name, start in _starts(sizes).items()}
+
+
+def _starts(sizes: Mapping[str, int]) -> dict[str, int]:
+    starts = itertools.accumulate(map(_aligned, sizes.values()), initial=0)
+    return dict(zip(sizes, starts, strict=False))
 
 
 def packed_size(sizes: Iterable[int]) -> int:
@@ -105,12 +117,17 @@ def pack(
     """
     sizes = {name: len(array) for name, array in arrays.items()} if sizes is None else sizes
     packed = torch.empty(packed_size(sizes.values()), dtype=dtype, pin_memory=pinned)
-    for name, part in sections(packed, sizes).items():
+    values = packed.numpy()
+    for name, start in _starts(sizes).items():
         array = arrays[name]
-        np.copyto(part.numpy()[: len(array)], array, casting="unsafe")
-        if dtype == torch.int32 and array.size and array.max() > np.iinfo(np.int32).max:
-            raise ValueError(f"{array.max()} does not fit in an int32 tensor")
+        values[start : start + len(array)] = array
+        _refuse_large(name, array, dtype)
     return packed
+
+
+def _refuse_large(name: str, array: NDArray[np.integer[Any]], dtype: torch.dtype) -> None:
+    if dtype == torch.int32 and array.size and (largest := array.max()) > INT32_MAX:
+        raise ValueError(f"{name} has {largest}, and {largest} does not fit in an int32 tensor")
 
 
 def to_host(named: Mapping[str, Any]) -> dict[str, Any]:

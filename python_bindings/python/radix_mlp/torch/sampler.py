@@ -69,7 +69,8 @@ class BalancedBatchSampler(_BatchSampler):
     `sequences` are those of the whole epoch, the same on every rank. Sequences of one group, as the completions of a
     prompt, stay in one batch, where what they share is computed once: `groups` [sequences] names the group of each, and
     without it a sequence is in a group with those that share half of its tokens. A batch holds at most `unique_tokens`,
-    counted group by group; a group with more is split, and a longer sequence is a batch of its own.
+    counted group by group; a group with more is split, and a longer sequence is a batch of its own. A group is split as
+    well where ranks would have nothing to do in a step otherwise: five groups on four ranks make two full steps.
 
     Every sequence is in one batch of one rank, and every rank has as many batches: where there are more batches than
     sequences, the shortest are repeated, as torch's DistributedSampler does. Two batches of a step differ by no more
