@@ -91,13 +91,14 @@ def same_bits(rows: list[Row]) -> str:
 
 
 def flips(rows: list[Row]) -> str:
-    """How many of the sampled top-1 decisions differ, of all batches together."""
+    """How many top-1 decisions differ, of all batches together."""
     found = [row["flips"] for row in rows if "flips" in row]
 
-    def share(*names: str) -> str:
+    def share(*names: str, kind: str = "sampled") -> str:
         """The largest of them."""
-        most = max(pooled(found, name, "sampled") for name in names)
-        return f"{most / pooled(found, 'decisions', 'sampled'):.2%}".replace("%", " %")
+        own = [row for row in found if kind in row["decisions"]]
+        most = max(pooled(own, name, kind) for name in names)
+        return f"{most / pooled(own, 'decisions', kind):.2%}".replace("%", " %")
 
     sizes = [size for size in OTHER_SIZES if all(f"{size} from none" in row for row in found)]
     others = ", ".join(f"with {size} {share(f'{size} from none')}" for size in sizes)
@@ -109,6 +110,13 @@ def flips(rows: list[Row]) -> str:
         by_size = share(*(f"tree {size} from tree none" for size in sizes))
         alone = f" With the tree kernel on both sides the fold flips {share('tree full from tree none')}, "
         alone += f"another size up to {by_size}."
+    for kind, what in (("last", "last tokens' decisions"), ("pairs", "orders of two reranked texts")):
+        if own := [row for row in found if kind in row["decisions"]]:
+            alone += (
+                f" Of {pooled(own, 'decisions', kind):,} {what} `full` flips {share('full from none', kind=kind)}; "
+            )
+            alone += f"from float32 `none` differs in {share('none from float32', kind=kind)}, "
+            alone += f"`full` in {share('full from float32', kind=kind)}."
     return (
         f"Of {pooled(found, 'decisions', 'sampled'):,} top-1 decisions at random weights (0.6B), `none` differs from "
         f"float32 in {share('none from float32')} and `full` in {share('full from float32')}; from `none`, `full` "

@@ -41,6 +41,14 @@ def test_decisions_of_other_kernels_are_told_where_they_were_counted() -> None:
     of_tree = {"tree full from tree none": 3, "one at a time from none": 0, "tree one at a time from tree none": 4}
     counted |= {name: {"sampled": count} for name, count in (of_tree | {"full from none": 1}).items()}
     assert "both sides the fold flips 1.50 %, another size up to 2.00 %." in flips([{"flips": counted}])
+    ranks = {"decisions": {"sampled": 200, "pairs": 1000}, "full from none": {"sampled": 1, "pairs": 3}}
+    ranks |= {f"{way} from float32": {"sampled": 6, "pairs": 20 + at} for at, way in enumerate(("none", "full"))}
+    told = flips([{"flips": counted}, {"flips": counted | ranks}])
+    assert (
+        "Of 1,000 orders of two reranked texts `full` flips 0.30 %; from float32 `none` differs in 2.00 %, `full` in"
+        in told
+    )
+    assert "last tokens" not in told
     counted = {name: count for name, count in counted.items() if "tree" not in name}
     assert "padded" not in flips([{"flips": counted | {"full from none": {"sampled": 1}}}])
 

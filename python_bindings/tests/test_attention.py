@@ -1,6 +1,7 @@
 """Attention over a fold against attention of every copy, by definition, in float64."""
 
 import gc
+import math
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -282,6 +283,9 @@ def test_cpu_takes_the_exact_path() -> None:
         ({"q": (4, 3, 8)}, "heads of q a multiple"),
         ({"k": (4, 2, 16), "v": (4, 2, 16)}, "heads of q a multiple"),
         ({"window": 0}, "window must be positive, got 0"),
+        ({"scale": math.nan}, "scale must be positive, got nan"),
+        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"softcap": math.inf}, "softcap must be positive, got inf"),
         ({"backend": "magic"}, r"backend must be one of tree, query_folded, sequential, got 'magic'"),
         ({"backend": "query_folded"}, r"'query_folded' (runs on CUDA, got cpu|takes float16 and bfloat16)"),
         ({"backend": "tree"}, r"'tree' (runs on CUDA, got cpu|needs a fold in depth_first layout)"),

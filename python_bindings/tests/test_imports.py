@@ -30,6 +30,13 @@ def test_the_root_imports_neither_torch_nor_transformers() -> None:
     assert {"torch", "transformers"}.isdisjoint(loaded.split())
 
 
+def test_modules_come_when_they_are_asked_for() -> None:
+    code = "import sys, radix_mlp; print('torch' in sys.modules, radix_mlp.transformers.fold, radix_mlp.torch.Head)"
+    assert run(code).startswith("False <function fold at ")
+    with pytest.raises(AttributeError, match="has no attribute 'jax'"):
+        _ = radix_mlp.jax
+
+
 def test_folds_without_torch() -> None:
     code = """
 import radix_mlp

@@ -164,6 +164,7 @@ def test_encode_wants_several_texts(embedder: SentenceTransformer, inputs: Any) 
         ({"precision": "uint8"}, "'uint8' takes the range of all embeddings"),
         ({"device": ["cpu", "cpu"]}, "on one device"),
         ({"pool": {}}, "on one device"),
+        ({"batch_size": 8}, "there is no batch_size, got 8"),
     ],
 )
 def test_encode_refuses_what_batches_cannot_give(

@@ -4,6 +4,7 @@ Importing this package imports neither torch nor transformers: what needs them s
 its own, `radix_mlp.torch` first.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from radix_mlp._core import __version__
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["BlockMask", "Fold", "PathMask", "__version__", "compute_fold_and_scatter", "plan_batches"]
 
 
+# What is there once somebody asks for it.
+MODULES = ("sentence_transformers", "torch", "transformers")
+
+
 def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return import_module(f"{__name__}.{name}")
     if name == "compute_fold_and_scatter_torch":
         from radix_mlp.torch import compute_fold_and_scatter_torch
 

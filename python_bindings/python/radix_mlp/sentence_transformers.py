@@ -78,6 +78,10 @@ def _in_planned_batches(
 ) -> Any:
     if model.is_singular_input(inputs) or not len(inputs):
         raise ValueError(f"inputs must be a list of at least one text or pair, got {inputs!r}")
+    if "batch_size" in options:
+        raise ValueError(
+            f"batches are planned to hold unique_tokens: there is no batch_size, got {options['batch_size']}"
+        )
     if options.get("pool") is not None or isinstance(options.get("device"), list):
         raise ValueError("a folded model runs on one device: neither pool nor a list of devices can be given")
     # Rows of an array would be arrays themselves, which sentence-transformers takes for audio.

@@ -1,5 +1,6 @@
 """Which backend attends over a folded batch: one that can, and is expected to be fast."""
 
+import math
 from collections import Counter
 from typing import Literal, get_args
 
@@ -42,7 +43,12 @@ def choose(
     training: bool,
 ) -> Backend:
     """The `backend` that was asked for, or the one to pick. Raises ValueError for what does not go together."""
-    _check(q, k, v, fold, scale, window)
+    _check(q, k, v, fold)
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be positive, got {window}")
     if backend is None:
         return _pick(q, k, v, fold, softcap, window, training=training)
     if backend not in get_args(Backend):
@@ -91,7 +97,7 @@ def _pick(
     return fold.derived(key, pick)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, scale: float, window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold) -> None:
     rows, dtype, device = fold.num_rows, q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3 or x.shape[0] != rows:
@@ -103,10 +109,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, fold: Fold, scale: float, window: in
             "q, k and v must be [rows, heads, head_dim] with heads of q a multiple of those of k and v, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be positive, got {window}")
 
 
 def unsupported(backend: Backend, q: Tensor, k: Tensor, v: Tensor, fold: Fold, softcap: float | None) -> str | None:
