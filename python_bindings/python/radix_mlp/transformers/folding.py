@@ -28,6 +28,7 @@ from radix_mlp.transformers.support import (
     refuse_dropout,
     refuse_padding,
     refuse_unsupported,
+    rotary_limits,
 )
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Folding:
     ) -> None:
         self.model, self.decoder = model, cast("PreTrainedModel", model.base_model)
         self.level, self.backend, self.allow_dropout = level, backend, allow_dropout
-        self.count_padding = counts_padding(model)
+        self.count_padding, self.rotary = counts_padding(model), rotary_limits(model)
         self.layers: int = model.config.num_hidden_layers
         declared = inspect.signature(self.decoder.forward).parameters
         self.cache_name = next(name for name in CACHE_NAMES if name in declared)
@@ -270,7 +271,8 @@ class Folding:
         batch = fold_call(packed, self.level, embeddings.device, self.row_multiple)
         if len(batch.fold.input_ids) and (largest := batch.fold.input_ids.max()) >= len(embeddings):
             raise ValueError(f"input_ids holds {largest}, but the model has {len(embeddings)} embeddings")
-        refuse_padding(self.model, packed.span, int(batch.fold.position_ids.max()) + 1)
+        if self.rotary:
+            refuse_padding(self.model, self.rotary, packed.span, int(batch.fold.position_ids.max()) + 1)
         attend = FoldedAttention(batch.fold, self.backend, batch.copies)
         options = {
             **rest,

@@ -91,17 +91,24 @@ def counts_padding(model: PreTrainedModel) -> bool:
     return not rotary and model.config.model_type not in COUNTED_BY_MASK
 
 
-def refuse_padding(model: PreTrainedModel, padded: int, longest: int) -> None:
-    """Raises ValueError where padding changes the rotary frequencies of `model`, which the fold does not see.
+def rotary_limits(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """The kinds of rotary embeddings that follow the length of a call, and the positions from which on they do."""
+    given = getattr(model.config, "rope_parameters", None) or {}
+    ropes = [rope for rope in (given, *given.values()) if isinstance(rope, dict)]
+    longest = getattr(model.config, "max_position_embeddings", 0)
+    return [
+        (rope["rope_type"], rope.get("original_max_position_embeddings") or longest)
+        for rope in ropes
+        if rope.get("rope_type") in (GROWING, SWITCHING)
+    ]
+
+
+def refuse_padding(model: PreTrainedModel, limits: list[tuple[str, int]], padded: int, longest: int) -> None:
+    """Raises ValueError where padding changes rotary embeddings of `limits`, which the fold does not see.
 
     `padded` positions are spanned by a call with its padding, `longest` by its sequences.
     """
-    given = getattr(model.config, "rope_parameters", None) or {}
-    for rope in (given, *given.values()):
-        kind = rope.get("rope_type") if isinstance(rope, dict) else None
-        if kind not in (GROWING, SWITCHING):
-            continue
-        limit = rope.get("original_max_position_embeddings") or model.config.max_position_embeddings
+    for kind, limit in limits:
         if longest < padded > limit and (kind == GROWING or longest <= limit):
             raise ValueError(
                 f"padding spans {padded} positions and the longest sequence {longest}: past {limit}, the {kind} rotary "
