@@ -218,6 +218,15 @@ def test_configurations_are_read_as_they_are(tmp_path: Path) -> None:
     assert OwnConfig.from_file(tmp_path / "config.json").windows == (None, 7, 7)
 
 
+def test_a_size_that_a_configuration_leaves_out_is_transformers_own(tmp_path: Path) -> None:
+    checkpoint(tmp_path, {})
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["head_dim"]
+    file.write_text(json.dumps(values))
+    assert OwnConfig.from_file(file).head_dim == Qwen3Config.from_pretrained(tmp_path).head_dim
+
+
 def main() -> None:
     print(f"{'difference from transformers, f32':36} states   logits   (bound {TOLERANCE:.0e})")
     disable_progress_bar()  # type: ignore[no-untyped-call]

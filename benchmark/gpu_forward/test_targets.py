@@ -75,6 +75,12 @@ def test_compiled_layers_are_held_to_an_unshared_batch_as_well(compiled: float, 
     assert met(row(nodes=2000, none=100.0, **ways | {"full": 28.0})) == [False, right]
 
 
+def test_small_batches_that_share_little_are_held_to_an_unshared_one() -> None:
+    rerank = row("rerank", nodes=5000, compression=1.9, none=100.0, full=60.0)
+    assert targets([rerank]) == []
+    assert met(rerank | {"wall_ms": {"full": 60.0, "unshared": 50.0}}) == [False, False]
+
+
 def test_flops_of_the_unshared_batch_are_told() -> None:
     measured = row(nodes=2000, none=100.0, full=26.0, unshared=25.0) | {"unshared_flops": 0.87654}
     assert [check["worst"] for check in both(measured)] == ["tree; flops 0.8765"] * 2

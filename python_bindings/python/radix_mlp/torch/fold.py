@@ -79,9 +79,7 @@ def to_device(
     Raises ValueError where int32 cannot hold a value.
     """
     if device.type == "cpu":
-        for name, array in arrays.items():
-            _refuse_large(name, array, dtype)
-        return {name: torch.from_numpy(array.astype(NUMPY[dtype])) for name, array in arrays.items()}
+        return {name: torch.from_numpy(_narrowed(name, array, dtype)) for name, array in arrays.items()}
     packed = pack(arrays, dtype, pinned=device.type == "cuda").to(device, non_blocking=True)
     return sections(packed, {name: len(array) for name, array in arrays.items()})
 
@@ -120,14 +118,20 @@ def pack(
     values = packed.numpy()
     for name, start in _starts(sizes).items():
         array = arrays[name]
-        values[start : start + len(array)] = array
         _refuse_large(name, array, dtype)
+        values[start : start + len(array)] = array
     return packed
+
+
+def _narrowed(name: str, array: NDArray[np.integer[Any]], dtype: torch.dtype) -> NDArray[np.integer[Any]]:
+    """A copy that a tensor can hold: the fold's own arrays are read-only."""
+    _refuse_large(name, array, dtype)
+    return array.astype(NUMPY[dtype])
 
 
 def _refuse_large(name: str, array: NDArray[np.integer[Any]], dtype: torch.dtype) -> None:
     if dtype == torch.int32 and array.size and (largest := array.max()) > INT32_MAX:
-        raise ValueError(f"{name} has {largest}, and {largest} does not fit in an int32 tensor")
+        raise ValueError(f"{name} holds {largest}: {largest} does not fit in an int32 tensor")
 
 
 def to_host(named: Mapping[str, Any]) -> dict[str, Any]:

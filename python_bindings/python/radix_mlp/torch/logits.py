@@ -247,7 +247,10 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """Add `scale * (a @ b)` to `total`, without a product of its size in memory where torch can do so."""
+    """Add `scale * (a @ b)` to `total`, without a product of its size in memory where torch can do so.
+
+    On a CPU, with copies of `a` and `b` in the dtype of `total`: torch adds no products of 16 bits to float32 there.
+    """
     if total.dtype == b.dtype and not torch.is_autocast_enabled(b.device.type):
         total.addmm_(a, b, alpha=scale)
     elif b.itemsize < total.itemsize and b.device.type == "cpu":
