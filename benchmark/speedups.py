@@ -55,13 +55,14 @@ def speeds(axes: Axes, bars: list[Bars], colors: dict[str, str]) -> None:
         places = x + width * (index - (len(shown) - 1) / 2)
         drawn = axes.bar(places, heights, 0.95 * width, label=way, color=colors[way])
         texts = ["" if np.isnan(height) else f"{height:.{2 if height < 10 else 1}f}" for height in heights]
-        axes.bar_label(drawn, texts, fontsize=6, padding=1)
+        behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        axes.bar_label(drawn, texts, fontsize=6.5, padding=3, rotation=90, bbox=behind)
     batch = bars[0].row
     axes.axhline(batch["compression"], color="black", linestyle="dashed", linewidth=1, label="compression N/N'")
     fewer = [each.row["flop_compression"] for each in bars]
     axes.hlines(fewer, x - 0.45, x + 0.45, "black", "dotted", linewidth=1, label="fewer flops")
     axes.axhline(1, color="gray", linewidth=0.8)
-    axes.margins(y=0.12)
+    axes.margins(y=0.2)
     axes.set_xticks(x, [each.text for each in bars], fontsize=7)
     axes.set_title(f"{batch['batch']}: {batch['tokens']:,} → {batch['nodes']:,}", fontsize=9)
 
