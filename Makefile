@@ -30,8 +30,9 @@ rust-test: $(VENV)/installed
 doc:
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps -p radix_mlp -p radix_mlp_kernels $(FEATURES)
 
+# A process a core, each of one thread: most tests compute too little to share it.
 python-test: python
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The extension module, built in release: its tests and benchmarks time calls of microseconds.
 python: $(VENV)/installed
