@@ -1,8 +1,12 @@
 """Batches for data-parallel training: every rank computes as many unique tokens."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,12 +45,28 @@ def test_named_groups_stay_together() -> None:
     assert sorted(sorted(batch) for step in found for batch in step) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda names: list(torch.tensor(names))])
+def test_groups_have_the_same_names_in_all_forms(form: Callable[[list[int]], Any]) -> None:
+    (step,) = steps([[index] for index in range(8)], 2, unique_tokens=4, groups=form([0, 0, 0, 1, 1, 1, 1, 0]))
+    assert sorted(map(sorted, step)) == [[0, 1, 2, 7], [3, 4, 5, 6]]
+
+
 def test_many_small_groups_balance_a_large_one() -> None:
     large = [[0, *range(10, 19)]]
     small = [[index] for index in range(1, 11)]
     # The large one comes last, and is still placed first.
     (step,) = steps(small + large, 2, unique_tokens=10)
     assert [cost(small + large, batch) for batch in step] == [10, 10]
+
+
+def test_what_groups_share_is_counted_once() -> None:
+    # Half of the groups begin with the same examples, which a batch computes once.
+    sequences = [[1] * 90 + [name] * 10 if name % 2 else [name] * 100 for name in range(2, 42)]
+    (step,) = steps(sequences, 2, unique_tokens=1250, groups=range(40))
+    costs = [cost(sequences, batch) for batch in step]
+    # The examples in both batches, the ends of 20 groups and 20 groups that share nothing.
+    assert sum(costs) == 2 * 90 + 20 * 10 + 20 * 100
+    assert max(costs) - min(costs) <= 100
 
 
 def test_a_group_that_exceeds_the_budget_is_split() -> None:
@@ -59,6 +79,15 @@ def test_a_group_that_exceeds_the_budget_is_split() -> None:
 def test_ranks_without_a_sequence_repeat_one() -> None:
     ((first, second),) = steps([[5, 6]], 2, unique_tokens=8)
     assert first == second == [0]
+
+
+def test_the_shortest_are_repeated() -> None:
+    (step,) = steps([[5, 6, 7], [5], [5, 6]], 5, unique_tokens=8)
+    assert sorted(step) == [[0], [1], [1], [2], [2]]
+
+
+def test_a_sequence_that_exceeds_the_budget_is_not_repeated() -> None:
+    assert steps([[1] * 100, [2]], 1, unique_tokens=2) == [[[0]], [[1]]]
 
 
 def test_an_epoch_shuffles_steps_alike_on_all_ranks() -> None:
@@ -79,6 +108,7 @@ def test_an_epoch_shuffles_steps_alike_on_all_ranks() -> None:
     ("options", "message"),
     [
         ({"rank": 2, "num_replicas": 2}, r"rank must be in 0\.\.2, got 2"),
+        ({"num_replicas": 0}, r"rank must be in 0\.\.0, got 0"),
         ({"rank": -1}, "got -1"),
         ({"groups": [1]}, "each of 24 sequences, got 1"),
         ({"unique_tokens": 0}, "at least one token, got 0"),
@@ -115,16 +145,54 @@ def test_every_sequence_once_within_the_budget_in_balance(
     assert set(held) == set(range(len(sequences)))
     # Repeated are only those that fill ranks that would have none.
     assert len(held) == len(sequences) or len(held) == len(batches)
+    assert len(held) - len(sequences) < replicas
     assert all(cost(sequences, batch) <= budget or len(batch) == 1 for batch in batches)
 
 
 @given(st.lists(st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=6), min_size=1, max_size=8))
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("replicas", [2, 3])
-def test_the_ranks_of_a_step_differ_by_a_group_at_most(replicas: int, groups: list[list[list[int]]]) -> None:
-    # Groups share nothing with each other, so that a batch costs what its groups cost.
-    sequences = [[10 + name, *sequence] for name, group in enumerate(groups) for sequence in group]
+def test_the_ranks_of_a_step_differ_by_a_group_at_most(
+    replicas: int, alike: bool, groups: list[list[list[int]]]
+) -> None:
+    # Groups share nothing with each other, so that a batch costs what its groups cost, or every other begins alike.
+    length = 12 if alike else 1
     names = [name for name, group in enumerate(groups) for _ in group]
+    beginnings = [[9 if alike and name % 2 else 10 + name] * length for name in names]
+    rest = [sequence for group in groups for sequence in group]
+    sequences = [[*beginning, *sequence] for beginning, sequence in zip(beginnings, rest, strict=True)]
     largest = max(cost(sequences, [i for i, name in enumerate(names) if name == group]) for group in range(len(groups)))
-    for step in steps(sequences, replicas, unique_tokens=40, groups=names):
-        costs = [cost(sequences, batch) for batch in step]
-        assert max(costs) - min(costs) <= largest
+    found = steps(sequences, replicas, unique_tokens=40 * length, groups=names)
+    costs = [cost(sequences, batch) for step in found for batch in step]
+    assert max(costs) - min(costs) <= largest
+
+
+def calls(make: Callable[[], object]) -> int:
+    """How many functions, of Python and C, are called."""
+    count = 0
+
+    def called(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        make()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["a batch each", "one group to split"])
+def test_four_times_the_sequences_are_not_sixteen_times_the_work(together: bool) -> None:
+    def work(count: int) -> int:
+        sequences = [[index] + [7] * 5 for index in range(count)]
+        # Six tokens a sequence: none fits with another, or there is a rank for each.
+        budget, replicas = (6 * count, count) if together else (10, 1)
+        names = [0 if together else index for index in range(count)]
+        return calls(
+            lambda: BalancedBatchSampler(sequences, unique_tokens=budget, groups=names, num_replicas=replicas, rank=0)
+        )
+
+    assert work(1600) < 6 * work(400)

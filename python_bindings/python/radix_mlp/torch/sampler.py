@@ -1,8 +1,10 @@
 """Batches for a DataLoader in which sequences that share prefixes meet."""
 
 import heapq
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +13,10 @@ from torch.utils.data import Sampler
 
 from radix_mlp._host import is_tensor
 from radix_mlp.batching import plan_batches
-from radix_mlp.fold import Fold
+from radix_mlp.fold import arrays
 
 if TYPE_CHECKING:
-    from radix_mlp.fold import Ids
+    from radix_mlp.fold import Ids, UInt32
 
 Values = TypeVar("Values", list[Any], Tensor, np.ndarray[Any, Any])
 
@@ -67,15 +69,17 @@ class BalancedBatchSampler(_BatchSampler):
     """One rank's batches for data-parallel training: in each step all ranks compute about as many unique tokens.
 
     `sequences` are those of the whole epoch, the same on every rank. Sequences of one group, as the completions of a
-    prompt, stay in one batch, where what they share is computed once: `groups` [sequences] names the group of each, and
-    without it a sequence is in a group with those that share half of its tokens. A batch holds at most `unique_tokens`,
-    counted group by group; a group with more is split, and a longer sequence is a batch of its own. A group is split as
-    well where ranks would have nothing to do in a step otherwise: five groups on four ranks make two full steps.
+    prompt, stay in one batch, where what they share is computed once: `groups` [sequences] names the group of each, in
+    a list, an array or a tensor, and without it a sequence is in a group with those that share half of its tokens. A
+    batch holds at most `unique_tokens`, the nodes of the trie of its sequences; a group with more is split, and a
+    longer sequence is a batch of its own. A group is split as well where ranks would have nothing to do in a step
+    otherwise: five groups on four ranks make two full steps.
 
     Every sequence is in one batch of one rank, and every rank has as many batches: where there are more batches than
-    sequences, the shortest are repeated, as torch's DistributedSampler does. Two batches of a step differ by no more
-    unique tokens than the largest group, or part of one, has. With `shuffle` the steps come in another order
-    each epoch, drawn from `seed` and the epoch that `set_epoch` tells.
+    sequences, the shortest are repeated, as torch's DistributedSampler does, fewer than there are ranks. Two batches
+    differ by no more unique tokens than the largest group, or part of one, has, also where groups share with each
+    other, as the examples that all prompts begin with. With `shuffle` the steps come in another order each epoch,
+    drawn from `seed` and the epoch that `set_epoch` tells.
 
     `num_replicas` and `rank` are those of the default process group, or 1 and 0 where there is none.
 
@@ -88,14 +92,15 @@ class BalancedBatchSampler(_BatchSampler):
         sequences: Sequence["Ids"],
         *,
         unique_tokens: int,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[int] | Tensor | np.ndarray[Any, Any] | None = None,
         num_replicas: int | None = None,
         rank: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
         together = distributed.is_available() and distributed.is_initialized()
-        replicas = num_replicas or (distributed.get_world_size() if together else 1)
+        world = distributed.get_world_size() if together else 1
+        replicas = world if num_replicas is None else num_replicas
         rank = rank if rank is not None else distributed.get_rank() if together else 0
         if not 0 <= rank < replicas:
             raise ValueError(f"rank must be in 0..{replicas}, got {rank}")
@@ -103,91 +108,153 @@ class BalancedBatchSampler(_BatchSampler):
             raise ValueError("there must be at least one sequence")
         if groups is not None and len(groups) != len(sequences):
             raise ValueError(f"groups must name the group of each of {len(sequences)} sequences, got {len(groups)}")
-        units = _units(sequences, _groups(sequences, groups), unique_tokens)
-        steps = _balanced(sequences, units, replicas, unique_tokens)
+        ids = arrays(sequences)
+        lengths = [len(row) for row in ids]
+        order, shared = _neighbours(ids)
+        trie = _trie(order, shared, lengths)
+        units = _units(ids, _groups(order, shared, lengths) if groups is None else _named(groups), trie, unique_tokens)
+        steps = _balanced(units, trie, replicas, unique_tokens)
         super().__init__([step[rank] for step in steps], shuffle=shuffle, seed=seed)
 
 
-# Indices of sequences that are computed together, and their unique tokens.
-_Unit = tuple[list[int], int]
+class _Trie(NamedTuple):
+    """The trie of all sequences, in runs of tokens within which none ends and none leaves; run 0 is an empty root."""
+
+    last: list[int]  # of each sequence, the run it ends with
+    above: list[int]  # of each run, the one before it
+    tokens: list[int]  # of each run, how many
 
 
-def _groups(sequences: Sequence["Ids"], names: Sequence[int] | None) -> list[list[int]]:
-    """Indices of the sequences of each group."""
-    if names is not None:
-        groups: dict[int, list[int]] = {}
-        for index, name in enumerate(names):
-            groups.setdefault(name, []).append(index)
-        return list(groups.values())
-    # One batch of everything is in lexicographic order, where neighbours share most.
-    (order,) = plan_batches(sequences, tokens=np.iinfo(np.int64).max)
+class _Unit(NamedTuple):
+    """Sequences that are computed together, the runs they take and their unique tokens."""
+
+    indices: list[int]
+    runs: list[int]
+    cost: int
+
+
+def _neighbours(ids: list["UInt32"]) -> tuple[list[int], list[int]]:
+    """The sequences in lexicographic order, where neighbours share most, and what each shares with the one before."""
+    (order,) = plan_batches(ids, tokens=np.iinfo(np.int64).max)
+    shared = [0]
+    for before, index in pairwise(order):
+        length = min(len(ids[before]), len(ids[index]))
+        differ = np.flatnonzero(ids[before][:length] != ids[index][:length])
+        shared.append(int(differ[0]) if differ.size else length)
+    return order, shared
+
+
+def _trie(order: list[int], shared: list[int], lengths: list[int]) -> _Trie:
+    last, above, ends, path = [0] * len(order), [0], [0], [0]
+
+    def go_down(end: int) -> None:
+        """Lengthen the path by a run to depth `end`, if it is not there."""
+        if ends[path[-1]] < end:
+            above.append(path[-1])
+            ends.append(end)
+            path.append(len(ends) - 1)
+
+    for index, common in zip(order, shared, strict=True):
+        left = None
+        while ends[path[-1]] > common:
+            left = path.pop()
+        # Within a run that it leaves there, the path so far is another.
+        go_down(common)
+        if left is not None:
+            above[left] = path[-1]
+        go_down(lengths[index])
+        last[index] = path[-1]
+    return _Trie(last, above, [end - ends[run] for end, run in zip(ends, above, strict=True)])
+
+
+def _groups(order: list[int], shared: list[int], lengths: list[int]) -> list[list[int]]:
+    """Indices of the sequences of each group: of neighbours that share half of their tokens."""
     found: list[list[int]] = []
-    before: np.ndarray[Any, Any] = np.zeros(0)
-    for index in order:
-        ids = np.asarray(sequences[index])
-        length = min(len(ids), len(before))
-        differ = np.flatnonzero(ids[:length] != before[:length])
-        shared = int(differ[0]) if differ.size else length
-        if not found or 2 * shared < len(ids):
+    for index, common in zip(order, shared, strict=True):
+        if not found or 2 * common < lengths[index]:
             found.append([])
         found[-1].append(index)
-        before = ids
     return found
 
 
-def _unit(sequences: Sequence["Ids"], indices: list[int]) -> _Unit:
-    return indices, Fold.from_sequences([sequences[index] for index in indices]).num_nodes
+def _named(names: Iterable[Any]) -> list[list[int]]:
+    """Indices of the sequences of each name."""
+    groups: dict[Any, list[int]] = {}
+    for index, name in enumerate(names):
+        # Tensors are equal by what they hold, but hash by which they are.
+        groups.setdefault(name.item() if is_tensor(name) else name, []).append(index)
+    return list(groups.values())
 
 
-def _units(sequences: Sequence["Ids"], groups: list[list[int]], budget: int) -> list[_Unit]:
+def _unit(indices: list[int], trie: _Trie) -> _Unit:
+    runs: set[int] = set()
+    for index in indices:
+        run = trie.last[index]
+        while run not in runs:
+            runs.add(run)
+            run = trie.above[run]
+    return _Unit(indices, list(runs), sum(trie.tokens[run] for run in runs))
+
+
+def _units(ids: list["UInt32"], groups: list[list[int]], trie: _Trie, budget: int) -> list[_Unit]:
     """The groups, those that exceed `budget` in parts."""
     units = []
     for group in groups:
-        parts = plan_batches([sequences[index] for index in group], unique_tokens=budget)
-        units += [_unit(sequences, [group[place] for place in part]) for part in parts]
+        parts = plan_batches([ids[index] for index in group], unique_tokens=budget)
+        units += [_unit([group[place] for place in part], trie) for part in parts]
     return units
 
 
-def _balanced(sequences: Sequence["Ids"], units: list[_Unit], replicas: int, budget: int) -> list[list[list[int]]]:
-    """For each step the batches of all ranks."""
-    steps = max(1, -(-sum(cost for _, cost in units) // (budget * replicas)))
-    while True:
-        while len(units) < steps * replicas:
-            units = _with_one_more(sequences, units)
-        batches, costs = _fill(units, steps * replicas)
-        # A batch of one unit cannot get smaller.
-        if all(cost <= budget or len(batch) == 1 for batch, cost in zip(batches, costs, strict=True)):
-            break
-        steps += 1
-    order = sorted(range(len(batches)), key=lambda i: -costs[i])
-    whole = [[index for unit in batches[i] for index in unit] for i in order]
-    return [whole[start : start + replicas] for start in range(0, len(whole), replicas)]
+def _balanced(units: list[_Unit], trie: _Trie, replicas: int, budget: int) -> list[list[list[int]]]:
+    """For each step the batches of all ranks, in about as few steps as `budget` allows."""
+
+    def fill(steps: int) -> list[list[int]] | None:
+        return _fill(_at_least(units, steps * replicas, trie), steps * replicas, trie, budget)
+
+    # So many have a batch for each unit, which always fits.
+    most = -(-len(units) // replicas)
+    batches = fill(1 + bisect_left(range(1, most), True, key=lambda steps: fill(steps) is not None))
+    assert batches is not None
+    return [batches[start : start + replicas] for start in range(0, len(batches), replicas)]
 
 
-def _fill(units: list[_Unit], bins: int) -> tuple[list[list[list[int]]], list[int]]:
-    """Longest processing time first (Graham, 1969): the largest unit that is left goes where least is."""
-    batches: list[list[list[int]]] = [[] for _ in range(bins)]
+def _at_least(units: list[_Unit], count: int, trie: _Trie) -> list[_Unit]:
+    """The largest units of several sequences halved until there are `count`; where none has, the smallest again."""
+
+    def entry(unit: _Unit) -> tuple[bool, int, list[int], _Unit]:
+        return len(unit.indices) == 1, -unit.cost, unit.indices, unit
+
+    heap = [entry(unit) for unit in units]
+    heapq.heapify(heap)
+    while len(heap) < count and len(heap[0][2]) > 1:
+        indices = heap[0][2]
+        half = len(indices) // 2
+        heapq.heapreplace(heap, entry(_unit(indices[:half], trie)))
+        heapq.heappush(heap, entry(_unit(indices[half:], trie)))
+    found = sorted((unit for *_, unit in heap), key=lambda unit: unit.cost)
+    return found + list(islice(cycle(found), max(0, count - len(found))))
+
+
+def _fill(units: list[_Unit], bins: int, trie: _Trie, budget: int) -> list[list[int]] | None:
+    """Batches of all units, the largest first; None where several units in a batch would exceed `budget`.
+
+    The largest unit that is left goes where least is (Graham, 1969), counted with all that units share. No batch gets
+    smaller by another unit: the one that ends largest was no larger than any, before its last.
+    """
+    batches: list[list[int]] = [[] for _ in range(bins)]
+    taken: list[set[int]] = [set() for _ in range(bins)]
+    # Among equals the one that holds fewer units, so that none stays empty.
     heap = [(0, 0, place) for place in range(bins)]
-    for indices, cost in sorted(units, key=lambda unit: -unit[1]):
-        # Among equals the one that holds fewer units, so that none stays empty.
+    for unit in sorted(units, key=lambda unit: -unit.cost):
         load, held, place = heap[0]
-        batches[place].append(indices)
-        heapq.heapreplace(heap, (load + cost, held + 1, place))
-    costs = [0] * bins
-    for load, _, place in heap:
-        costs[place] = load
-    return batches, costs
-
-
-def _with_one_more(sequences: Sequence["Ids"], units: list[_Unit]) -> list[_Unit]:
-    """The largest unit of several sequences in two; where there is none, the smallest unit again."""
-    several = [place for place, (indices, _) in enumerate(units) if len(indices) > 1]
-    if not several:
-        return [*units, min(units, key=lambda unit: unit[1])]
-    place = max(several, key=lambda i: units[i][1])
-    indices = units[place][0]
-    half = len(indices) // 2
-    return [*units[:place], _unit(sequences, indices[:half]), _unit(sequences, indices[half:]), *units[place + 1 :]]
+        new = [run for run in unit.runs if run not in taken[place]]
+        load += sum(trie.tokens[run] for run in new)
+        if held and load > budget:
+            return None
+        batches[place] += unit.indices
+        taken[place].update(new)
+        heapq.heapreplace(heap, (load, held + 1, place))
+    return [batches[place] for *_, place in sorted(heap, reverse=True)]
 
 
 def restore_order(values: Values, batches: Sequence[Sequence[int]]) -> Values:
