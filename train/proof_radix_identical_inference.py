@@ -1,5 +1,8 @@
 """Folded inference gives what unfolded inference gives, over families of tries, on every backend of this machine.
 
+Levels are compared with each other alone. An error that all of them share is seen in test_huggingface_comparison.py,
+which holds each of them, over the same tries, to the states and logits of transformers' Qwen3 in float32.
+
 As a script it prints a table and exits with 1 where it does not: python train/proof_radix_identical_inference.py
 """
 

@@ -184,8 +184,9 @@ class Qwen3Config:
 
 def _windows(values: dict[str, Any]) -> tuple[int | None, ...]:
     layers = values["num_hidden_layers"]
-    window = values.get("sliding_window") if values.get("use_sliding_window") else None
-    first = values.get("max_window_layers", layers)
+    # What is left out is transformers' default.
+    window = values.get("sliding_window", 4096) if values.get("use_sliding_window") else None
+    first = values.get("max_window_layers", 28)
     default = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
     kinds = values.get("layer_types") or default
     known = {"full_attention", "sliding_attention"} if window else {"full_attention"}

@@ -227,6 +227,20 @@ def test_a_size_that_a_configuration_leaves_out_is_transformers_own(tmp_path: Pa
     assert OwnConfig.from_file(file).head_dim == Qwen3Config.from_pretrained(tmp_path).head_dim
 
 
+@pytest.mark.parametrize("left_out", ["max_window_layers", "sliding_window"])
+def test_windows_that_a_configuration_leaves_out_are_transformers_own(left_out: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, {**CASES["sliding window"][0], "num_hidden_layers": 30})
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values[left_out], values["layer_types"]
+    file.write_text(json.dumps(values))
+    expected = Qwen3Config.from_pretrained(tmp_path)
+    assert expected.layer_types is not None
+    windows = [expected.sliding_window if kind == "sliding_attention" else None for kind in expected.layer_types]
+    assert len(set(windows)) == 2
+    assert OwnConfig.from_file(file).windows == tuple(windows)
+
+
 def main() -> None:
     print(f"{'difference from transformers, f32':36} states   logits   (bound {TOLERANCE:.0e})")
     disable_progress_bar()  # type: ignore[no-untyped-call]
