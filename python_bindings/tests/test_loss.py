@@ -1,5 +1,7 @@
 """The loss on the trie against torch's on every copy's logits."""
 
+import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_mlp import Fold
 from radix_mlp.torch import Head, cross_entropy, log_probs, next_token_labels
-from radix_mlp.torch.logits import add_sums, has_large_sums
+from radix_mlp.torch.logits import has_large_sums
 from radix_mlp.torch.softmax import softmax_
 
 # Branches, a repeat, a prefix of another, an empty sequence: nodes with several labels and with none.
@@ -161,57 +163,6 @@ def test_gradients_are_added_to_what_a_head_has(
     assert set(handed) <= {None}
 
 
-def test_sums_are_rounded_once_where_a_head_has_fewer_bits() -> None:
-    torch.manual_seed(0)
-    weight = torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
-    weight.grad, total, by = torch.randn_like(weight), torch.randn(VOCABULARY, HIDDEN), torch.tensor(3.1)
-    expected = (weight.grad.float() + by * total).bfloat16()
-    add_sums(Head(weight), (total, None), by)
-    assert torch.equal(weight.grad, expected)
-
-
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("function", [cross_entropy, log_probs])
-def test_states_of_more_bits_than_the_head_get_such_gradients(
-    monkeypatch: pytest.MonkeyPatch, function: Any, again: bool
-) -> None:
-    """Logits and their gradients are bfloat16, and nothing is rounded after them, the mean included."""
-    if again:
-        make_logits_again(monkeypatch)
-    monkeypatch.setattr("radix_mlp.torch.labels.MAX_LOGITS", 2 * VOCABULARY)
-    fold, labels = packed([[1, 2, 3, 4, 5, 6, 7, 8]], "depth_first")
-    torch.manual_seed(0)
-    hidden = torch.randn(fold.num_rows, HIDDEN, requires_grad=True)
-    weight = torch.randn(VOCABULARY, HIDDEN).bfloat16().requires_grad_()
-    gradient, of_weight = torch.autograd.grad(function(hidden, weight, fold, labels).sum(), (hidden, weight))
-    # Seven tokens predict something, in rows of their order.
-    states = hidden.detach()[:7].bfloat16()
-    logits = (states @ weight.detach().t()).float()
-    one_hot = functional.one_hot(labels[:7], VOCABULARY)
-    by = 7 if function is cross_entropy else -1
-    of_logits = (logits.softmax(-1) - one_hot).bfloat16().float() / by
-    assert_close(gradient[:7], of_logits @ weight.detach().float())
-    assert (gradient[7:] == 0).all()
-    assert_close(of_weight.float(), (of_logits.t() @ states.float()).bfloat16().float())
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_a_scaled_loss_stays_within_float16(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
-    """As GradScaler scales it: by more than float16 could hold if gradients of logits were not divided first."""
-    if again:
-        make_logits_again(monkeypatch)
-    fold, labels = packed([[1, 2, 3, 4, 5, 6, 7, 8]] * 64, "depth_first")
-    torch.manual_seed(0)
-    hidden = (torch.randn(fold.num_rows, HIDDEN) / 8).half().requires_grad_()
-    weight = torch.randn(VOCABULARY, HIDDEN).half().requires_grad_()
-    found = torch.autograd.grad(2.0**15 * cross_entropy(hidden, weight, fold, labels), (hidden, weight))
-    states, head = (x.detach().float().requires_grad_() for x in (hidden, weight))
-    expected = torch.autograd.grad(2.0**15 * cross_entropy(states, head, fold, labels), (states, head))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.isfinite().all()
-        assert (mine - theirs).norm() < 2e-3 * theirs.norm()
-
-
 @pytest.mark.parametrize("function", [cross_entropy, log_probs])
 def test_a_second_derivative_is_refused(function: Any) -> None:
     fold, labels = packed(SEQUENCES, "depth_first")
@@ -227,8 +178,19 @@ def test_what_is_no_head_for_these_states_is_refused() -> None:
     hidden = torch.zeros(fold.num_rows, HIDDEN, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="lm_head must be a Head, a tensor or None, got Linear"):
         cross_entropy(hidden, torch.nn.Linear(HIDDEN, VOCABULARY), fold, labels)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the head's weight is torch.float32, but hidden is torch.bfloat16"):
-        cross_entropy(hidden, torch.zeros(VOCABULARY, HIDDEN), fold, labels)
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ValueError, match=f"the head's weight is {dtype}, but hidden is torch.bfloat16"):
+            cross_entropy(hidden, torch.zeros(VOCABULARY, HIDDEN, dtype=dtype), fold, labels)
+    weight = torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="the head's bias must be a tensor or None, got float"):
+        cross_entropy(hidden, Head(weight, 1.0), fold, labels)  # type: ignore[arg-type]
+    for shape in ((1,), (VOCABULARY + 1,), (VOCABULARY, 1)):
+        with pytest.raises(ValueError, match=rf"the head's bias must be \[11\], got shape {re.escape(str(shape))}"):
+            cross_entropy(hidden, Head(weight, weight.new_zeros(shape)), fold, labels)
+    with pytest.raises(ValueError, match=r"the head's softcap must be positive, got 0\.0"):
+        cross_entropy(hidden, Head(weight, softcap=0.0), fold, labels)
+    with pytest.raises(ValueError, match="the head's scale must be finite, got inf"):
+        cross_entropy(hidden, Head(weight, scale=math.inf), fold, labels)
 
 
 def test_a_tied_head_and_its_embedding_add_up() -> None:

@@ -1,5 +1,6 @@
 """Logits, and what their gradients become: those of hidden states and of the head."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -46,15 +47,30 @@ def check(hidden: Tensor, head: Head | None, fold: Fold) -> None:
         raise TypeError(f"lm_head must be a Head, a tensor or None, got {type(head.weight).__name__}")
     if head is not None and (head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]):
         raise ValueError(f"the head must be [vocabulary, {hidden.shape[1]}], got shape {tuple(head.weight.shape)}")
+    if head is not None:
+        _check_options(head)
     for name, parameter in zip(("weight", "bias"), parameters(head), strict=True):
         if parameter is None or head is None:
             continue
-        if parameter.itemsize > hidden.itemsize and not torch.is_autocast_enabled(hidden.device.type):
+        narrower = parameter.itemsize < hidden.itemsize or parameter.dtype == hidden.dtype
+        if not narrower and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"the head's {name} is {parameter.dtype}, but hidden is {hidden.dtype}")
         if parameter.device != hidden.device:
             raise ValueError(f"the head's {name} is on {parameter.device}, but hidden is on {hidden.device}")
         if head.into_grad and parameter.requires_grad and not parameter.is_leaf:
             raise ValueError(f"the head's {name} has no grad to add to: it is no leaf, but made by {parameter.grad_fn}")
+
+
+def _check_options(head: Head) -> None:
+    bias, size = head.bias, len(head.weight)
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"the head's bias must be a tensor or None, got {type(bias).__name__}")
+    if bias is not None and bias.shape != (size,):
+        raise ValueError(f"the head's bias must be [{size}], got shape {tuple(bias.shape)}")
+    if head.softcap is not None and not 0 < head.softcap < math.inf:
+        raise ValueError(f"the head's softcap must be positive, got {head.softcap}")
+    if not math.isfinite(head.scale):
+        raise ValueError(f"the head's scale must be finite, got {head.scale}")
 
 
 def vocabulary(hidden: Tensor, head: Head | None) -> int:

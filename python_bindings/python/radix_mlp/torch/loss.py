@@ -63,7 +63,7 @@ def cross_entropy(
     logits [rows, vocabulary] and `lm_head` None. States of more bits than the head has are rounded for its product
     alone: their gradient keeps theirs. `labels` [N] are the tokens that should follow each token of original
     space (`next_token_labels` makes them), `ignore_index` where none counts. They are read on the host: those of an
-    accelerator make it wait for them.
+    accelerator make it wait for them. torch.func does not go through.
 
     `weights` [N] and `sequence_weights` [sequences] scale each token's term, as an advantage does; they are
     constants, through which no gradient flows. "mean" divides the sum by the number of labels that count, whatever
@@ -202,10 +202,10 @@ def _chunk_log_probs(hidden: Tensor, head: Head | None, chunk: Chunk) -> tuple[T
 
 
 def _scaled(gradient: Tensor | None, by: Tensor, like: Any) -> Tensor | None:
-    """`gradient * by` in the dtype of `like`, without a copy of it in its own."""
+    """`gradient * by` in the dtype of `like`, rounded once: `by`, of float32 or more, may be no number of 16 bits."""
     if gradient is None:
         return None
-    return torch.mul(gradient, by.to(gradient.dtype), out=torch.empty_like(gradient, dtype=like))
+    return torch.mul(gradient, by.reshape(1), out=torch.empty_like(gradient, dtype=like))
 
 
 class _Loss(torch.autograd.Function):
