@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor
@@ -166,6 +167,44 @@ def test_sequences_in_one_row_have_no_cache(model: Any) -> None:
     for call in (TOGETHER, {"input_ids": TOGETHER["input_ids"], "cu_seq_lengths": torch.tensor([0, 3, 5])}):
         with pytest.raises(ValueError, match="wants each sequence in a row of its own, got 2 in 1"):
             model(**call, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fold_first", [False, True])
+def test_offloaded_models_run_where_their_hooks_say(batch: dict[str, Tensor], fold_first: bool) -> None:
+    expected = fold(make())(**batch).logits
+    model = make()
+    steps: list[Any] = [fold, lambda model: accelerate.cpu_offload(model, torch.device("cpu"))]
+    for step in steps if fold_first else steps[::-1]:
+        step(model)
+    assert model.model.embed_tokens.weight.is_meta
+    assert_close(model(**batch).logits, expected)
+
+
+@torch.no_grad()
+def test_what_accelerate_unwraps_is_folded(batch: dict[str, Tensor]) -> None:
+    """It binds the forward that it finds to the model, as if that were a function."""
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    expected = fold(make())(**batch).logits
+    prepared = accelerator.prepare(fold(make()))
+    assert_close(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)(**batch).logits, expected)
+
+
+def test_attention_that_was_changed_since_is_told(batch: dict[str, Tensor]) -> None:
+    model = fold(make())
+    model.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedModelError, match="its config says 'eager' since it was folded: unfold, set it, and"):
+        model(**batch)
+
+
+def test_what_is_no_tensor_is_named(model: Any) -> None:
+    fold(model)
+    ids, row = torch.tensor([[5, 6, 7]]), [[0, 1, 2]]
+    for name in ("attention_mask", "position_ids", "cu_seq_lengths"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got a list"):
+            model(**{"input_ids": ids, name: row})
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got a list"):
+        model(input_ids=row)
 
 
 @torch.no_grad()

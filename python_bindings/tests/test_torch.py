@@ -10,7 +10,7 @@ from hypothesis import given
 import radix_mlp
 from oracle import Batch, batches, naive_fold, paddings
 from radix_mlp import Fold
-from radix_mlp.torch import FoldTensors, compute_fold_and_scatter_torch
+from radix_mlp.torch import FoldTensors, attention, compute_fold_and_scatter_torch
 from radix_mlp.torch.fold import _in_one_copy
 
 DEVICES = [
@@ -157,3 +157,20 @@ def test_one_copy_keeps_shapes_and_dtypes(device: str) -> None:
     assert list(copied) == list(tensors)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(copied[name], tensor.cpu().numpy(), strict=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["first_occurrence", "depth_first"])
+def test_a_fold_that_inference_has_used_takes_gradients(device: str, layout: Any) -> None:
+    """As a policy's old log-probabilities come before its step."""
+    fold = Fold(*tensors(BATCH), layout=layout)
+
+    def run() -> torch.Tensor:
+        x = torch.ones(4, 2, 8, device=device, requires_grad=True)
+        return fold.unfold(attention(x, x, x, fold)) + fold.unfold(x)
+
+    with torch.inference_mode():
+        expected = run()
+    found = run()
+    assert torch.equal(found, expected)
+    torch.autograd.backward(found.sum())

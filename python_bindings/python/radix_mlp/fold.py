@@ -93,8 +93,11 @@ class Fold(_core.Fold):
     Two tokens share a row if and only if the whole paths of (token id, position id) pairs from the
     start of their sequences to them are equal, and their sequences' salts.
 
-    Its arrays are read-only uint32 views of the fold's own memory, and None where the layout does not have them.
+    Its arrays are read-only uint32 views of the fold's own memory, and None where the layout does not have them. It can
+    be copied and pickled.
     """
+
+    _salts: NDArray[np.uint64] | None = None
 
     def __new__(
         cls,
@@ -121,7 +124,16 @@ class Fold(_core.Fold):
         if salts is not None:
             salts = unsigned("salts", to_host({"salts": salts})["salts"], np.uint64)
         new = partial(super().__new__, cls)
-        return _call(new, batch, layout, pad_multiple_of, salts, counts_positions=position_ids is None)
+        fold = _call(new, batch, layout, pad_multiple_of, salts, counts_positions=position_ids is None)
+        if salts is not None:
+            fold._salts = salts.copy()
+        return fold
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The batch that it was made of, of which a copy or another process makes the same fold."""
+        padded = self.num_rows if self.num_rows > self.num_nodes else None
+        again = partial(type(self), layout=self.layout, pad_multiple_of=padded, salts=self._salts)
+        return again, (self.unfold(self.input_ids), self.unfold(self.position_ids), self.cu_seq_lengths)
 
     @classmethod
     def from_sequences(
@@ -324,7 +336,11 @@ class Fold(_core.Fold):
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned when `key` was first asked for: what attention makes of a fold, it keeps here."""
         if key not in self._derived:
-            self._derived[key] = make()
+            import torch
+
+            # What is made in inference mode no backward pass could save, and the fold may be trained on later.
+            with torch.inference_mode(False):
+                self._derived[key] = make()
         return cast("T", self._derived[key])
 
     @cached_property

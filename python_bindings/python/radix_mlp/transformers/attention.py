@@ -81,7 +81,8 @@ def register(original: str) -> str:
     """Tell transformers of the folded attention in place of `original`; returns the name of it."""
     name = PREFIX + original
     AttentionInterface.register(name, partial(_attention_forward, original))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     return name
 
 

@@ -113,8 +113,12 @@ def pack_call(
 
     Where there are no `position_ids`, tokens count from 0, from the row's start with `count_padding`.
 
-    Raises ValueError for arguments that do not go together, TypeError for what are not integers.
+    Raises ValueError for arguments that do not go together, TypeError for what are not tensors of integers.
     """
+    named = {"attention_mask": attention_mask, "position_ids": position_ids, "cu_seq_lengths": cu_seq_lengths}
+    for name, values in {"input_ids": input_ids, **named}.items():
+        if values is not None and not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor, got a {type(values).__name__}")
     ids = input_ids.unsqueeze(0) if input_ids.ndim == 1 else input_ids
     if ids.ndim != 2:
         raise ValueError(f"input_ids must be [sequences, length], got shape {tuple(input_ids.shape)}")

@@ -17,19 +17,25 @@ from transformers.utils.generic import ModelOutput
 
 from radix_mlp.torch.dispatch import Backend
 from radix_mlp.torch.eager import eager, eager_itself
-from radix_mlp.transformers.attention import KEYWORD, FoldedAttention, Level, install, register
+from radix_mlp.transformers.attention import KEYWORD, PREFIX, FoldedAttention, Level, install, register
 from radix_mlp.transformers.batch import Batch, Int32, fold_call, pack_call, unfold_rows
 from radix_mlp.transformers.loss import folded_loss, labels_of_tokens, lm_head, without_padding
 from radix_mlp.transformers.support import (
-    PROVEN,
+    COUNTED_BY_MASK,
     UnsupportedModelError,
     counts_padding,
+    drawing_modules,
+    embeddings_of,
     find_model,
+    has_lm_head,
+    has_own_forward,
+    is_proven,
     refuse_dropout,
     refuse_padding,
     refuse_unsupported,
     rotary_limits,
 )
+from radix_mlp.transformers.trial import outputs, prove
 
 if TYPE_CHECKING:
     from radix_mlp.transformers.graphs import Graphs
@@ -77,11 +83,14 @@ def fold(
     that they may share theirs; dropout within attention is refused always.
 
     Without a mask, positions that do not go on by one begin a sequence, as for FlashAttention in transformers. A cache
-    is made only where `use_cache=True` is passed, for sequences in rows of their own. Tokens after a cache, as
-    `generate` decodes them, run as in the model itself. A copy of a folded model is one of its own.
+    is filled only where one or `use_cache=True` is passed, for sequences in rows of their own; padding on the left then
+    has positions, as in the model itself, unless `position_ids` say otherwise. Tokens after a cache, as `generate`
+    decodes them, run as in the model itself, and so do calls with a prepared mask beside a cache. Hooks on what is
+    within the model see compact rows. A copy of a folded model is one of its own.
 
     Raises UnsupportedModelError, with the reason, where folding would change the model's results. A type of
-    model that the tests do not cover is first run both ways on a small batch, and refused if they differ.
+    model that the tests do not cover, a class of your own or one that attends by your own function is first run both
+    ways on a small batch, and refused if they differ.
     """
     target = find_model(model)
     if level not in get_args(Level):
@@ -89,10 +98,11 @@ def fold(
     if is_folded(target):
         raise ValueError(f"{type(target).__name__} is folded already: unfold it first")
     refuse_unsupported(target)
+    plain = None if is_proven(target) else outputs(target)
     Folding(target, level, backend, cuda_graphs=cuda_graphs, allow_dropout=allow_dropout)
-    if target.config.model_type not in PROVEN:
+    if plain is not None:
         try:
-            _prove(target)
+            prove(getattr(target, ATTRIBUTE), plain)
         except BaseException:
             unfold(target)
             raise
@@ -164,9 +174,10 @@ class Folding:
         self.model, self.decoder = model, cast("PreTrainedModel", model.base_model)
         self.level, self.backend, self.allow_dropout = level, backend, allow_dropout
         self.count_padding, self.rotary = counts_padding(model), rotary_limits(model)
+        self.count_cached = model.config.model_type not in COUNTED_BY_MASK
+        self.drawing = drawing_modules(model)
         self.layers: int = model.config.num_hidden_layers
-        declared = inspect.signature(self.decoder.forward).parameters
-        self.cache_name = next(name for name in CACHE_NAMES if name in declared)
+        self.cache_name = _cache_name(self.decoder)
         self.graphs: Graphs | None = None
         self.row_multiple: int | None = None
         if cuda_graphs:
@@ -177,9 +188,9 @@ class Folding:
         self.run_model: Callable[..., ModelOutput] = model.forward
         # What hooks of others have put on the modules themselves.
         self.wrapped = [module.__dict__.get("forward") for module in self.modules]
-        has_lm_head = self._has_lm_head()
+        predicts = has_lm_head(model)
         self.decoder.forward = Forward(self, self.decoder, self.run_decoder)
-        if has_lm_head:
+        if predicts:
             model.forward = Forward(self, model, self.run_model)
         for module in self.modules:
             setattr(module, ATTRIBUTE, self)
@@ -197,9 +208,9 @@ class Folding:
             delattr(module, ATTRIBUTE)
         self.model.config._attn_implementation = self.implementation
 
-    def _has_lm_head(self) -> bool:
-        takes = inspect.signature(self.model.forward).parameters
-        return self.model is not self.decoder and "logits_to_keep" in takes
+    def lm_head(self) -> nn.Linear | None:
+        """That of the model, but where others have put a forward on it, which must run."""
+        return lm_head(self.model) if self.wrapped[-1] is None else None
 
     def run(self, module: nn.Module, call: dict[str, Any]) -> ModelOutput:
         """The outputs of `module`, the decoder or the model, for a padded or packed call."""
@@ -216,16 +227,16 @@ class Folding:
     def _predict(self, call: dict[str, Any]) -> ModelOutput:
         """The outputs of a model with an LM head, which also runs once a row."""
         labels, keep = call.pop("labels", None), call.pop("logits_to_keep", 0)
+        if labels is not None and not has_own_forward(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has a forward of its own, whose loss folding does not know: pass no "
+                "labels, and take the loss from its logits"
+            )
         options = {name: call.pop(name) for name in LOSS_OPTIONS if name in call}
+        if labels is not None and self.model.training and (head := self.lm_head()) is not None:
+            trained: ModelOutput = self.train_step(call, head, labels, options)
+            return trained
         folded: Call = self._fold(call)
-        if labels is not None and self.model.training and (head := lm_head(self.model)) is not None:
-            # Read before the model runs: the host would wait for it.
-            ignored = options.get("ignore_index", -100)
-            own = labels_of_tokens(folded.batch, labels, options.get("shift_labels"), ignored)
-            compact = self.run_compact(folded.options, folded.batch)
-            count = options.get("num_items_in_batch")
-            loss = folded_loss(compact[0], head, self.model.config, folded.batch, own, count, ignored)
-            return self._restored(compact, folded, {"loss": loss}, CausalLMOutputWithPast)
         restore = self._keep(folded, keep)
         compact = self.run_model(**folded.batch.inputs(), **folded.options)
         ready = {"logits": restore(compact["logits"])}
@@ -233,6 +244,19 @@ class Folding:
             labels, options = without_padding(folded.batch, labels, options)
             ready["loss"] = self.model.loss_function(ready["logits"], labels, self.model.config.vocab_size, **options)
         return self._restored(compact, folded, ready)
+
+    @eager_itself
+    def train_step(self, call: dict[str, Any], head: nn.Linear, labels: Tensor, options: dict[str, Any]) -> ModelOutput:
+        """The outputs of a model with its loss, which makes no logits of the whole batch."""
+        folded: Call = self._fold(call)
+        # Read before the model runs: the host would wait for it.
+        ignored = options.get("ignore_index", -100)
+        own = labels_of_tokens(folded.batch, labels, options.get("shift_labels"), ignored)
+        compact = self.run_compact(folded.options, folded.batch)
+        count = options.get("num_items_in_batch")
+        loss = folded_loss(compact[0], head, self.model.config, folded.batch, own, count, ignored)
+        output: ModelOutput = self._restored(compact, folded, {"loss": loss}, CausalLMOutputWithPast)
+        return output
 
     @eager_itself
     def run_compact(self, call: dict[str, Any], batch: Batch | None = None) -> ModelOutput:
@@ -248,27 +272,27 @@ class Folding:
     def _fold(self, call: dict[str, Any]) -> "Call":
         """Fold a call; ValueError or TypeError where its arguments do not go together."""
         if not self.allow_dropout:
-            refuse_dropout(self.model)
+            refuse_dropout(self.model, self.drawing)
         rest = {name: value for name, value in call.items() if value is not None}
         self._refuse_arguments(rest)
         bounds = rest.pop("cu_seq_lengths", rest.pop("cu_seq_lens_q", None))
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"):
             rest.pop(name, None)
         cache = rest.pop("cache", rest.pop("past_key_values", None))
-        use_cache = bool(rest.pop("use_cache", False))
+        use_cache = bool(rest.pop("use_cache", False)) or cache is not None
         packed = pack_call(
             rest.pop("input_ids"),
             rest.pop("attention_mask", None),
             rest.pop("position_ids", None),
             bounds,
-            count_padding=self.count_padding,
+            count_padding=self.count_padding or (use_cache and self.count_cached),
         )
         if use_cache and len(packed.starts) != packed.shape[0]:
             raise ValueError(
                 f"use_cache=True wants each sequence in a row of its own, got {len(packed.starts)} in {packed.shape[0]}"
             )
-        embeddings = next(self.decoder.get_input_embeddings().parameters())
-        batch = fold_call(packed, self.level, embeddings.device, self.row_multiple)
+        embeddings, device = embeddings_of(self.decoder)
+        batch = fold_call(packed, self.level, device, self.row_multiple)
         if len(batch.fold.input_ids) and (largest := batch.fold.input_ids.max()) >= len(embeddings):
             raise ValueError(f"input_ids holds {largest}, but the model has {len(embeddings)} embeddings")
         if self.rotary:
@@ -277,7 +301,7 @@ class Folding:
         options = {
             **rest,
             # A mask of four dimensions is taken as it is, so that none is made; attention never reads it.
-            "attention_mask": torch.zeros(1, 1, 1, 1, device=embeddings.device),
+            "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
             self.cache_name: DynamicCache() if use_cache else None,
             "use_cache": use_cache,
             KEYWORD: attend,
@@ -293,8 +317,7 @@ class Folding:
                 raise ValueError(f"a folded model has no {name}: unfold it to see them")
         if "input_ids" not in call:
             raise ValueError("a folded model needs input_ids")
-        mask = call.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim > 2):
+        if _is_prepared(call.get("attention_mask")):
             raise ValueError("a folded model takes an attention_mask [sequences, length], not a prepared mask")
 
     @eager
@@ -314,10 +337,10 @@ class Folding:
         calls = attend.windows.total()
         # Some layers attend twice.
         if calls == 0 or calls % self.layers:
-            raise UnsupportedModelError(
-                f"{name} cannot be folded: {calls} of its {self.layers} layers attended through "
-                "transformers' attention interface"
-            )
+            reason = f"{calls} of its {self.layers} layers attended through transformers' attention interface"
+            if (now := self.model.config._attn_implementation) != PREFIX + self.implementation:
+                reason += f", of which its config says {now!r} since it was folded: unfold, set it, and fold again"
+            raise UnsupportedModelError(f"{name} cannot be folded: {reason}")
         window = getattr(self.model.config, "sliding_window", None)
         layers = getattr(self.model.config, "layer_types", None) or ["sliding_attention"]
         if window is not None and "sliding_attention" in layers and set(attend.windows) == {None}:
@@ -372,17 +395,26 @@ class Forward:
     def __init__(self, folding: Folding, module: nn.Module, own: Callable[..., ModelOutput]) -> None:
         self.folding, self.module, self.own = folding, module, own
         self.signature = inspect.signature(own)
+        names = {each.kind: name for name, each in self.signature.parameters.items()}
+        self.others = names.get(inspect.Parameter.VAR_KEYWORD, "")
+        self.unnamed = names.get(inspect.Parameter.VAR_POSITIONAL, "")
         update_wrapper(self, own)
 
     @eager_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         folding = self.folding
+        if args and args[0] is self.module:
+            # accelerate binds what it unwraps to the module, as if it were the function of a class.
+            args = args[1:]
         call = self.signature.bind_partial(*args, **kwargs).arguments
-        call |= call.pop("kwargs", {})
+        call |= call.pop(self.others, {})
+        if unnamed := call.pop(self.unnamed, ()):
+            name = type(self.module).__name__
+            raise TypeError(f"{name}.forward does not name {len(unnamed)} of its arguments: pass them by name")
         cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
         if KEYWORD in call:
             return folding.run_compact(call) if self.module is folding.decoder else self.own(**call)
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and (cache.get_seq_length() > 0 or _is_prepared(call.get("attention_mask"))):
             return self.own(**call)
         as_dict = call.pop("return_dict", None)
         output = folding.run(self.module, call)
@@ -390,18 +422,37 @@ class Forward:
         return output if dictionary else output.to_tuple()
 
 
-def _kept(index: Int32, keep: int | Tensor) -> Int32:
-    """The rows [sequences, positions] whose logits are asked for, as `logits_to_keep` of transformers says."""
+def _kept(index: Int32, keep: Any) -> Int32:
+    """The rows [sequences, positions] whose logits are asked for, as `logits_to_keep` of transformers says.
+
+    [chosen] where a mask chooses among all.
+    """
     if isinstance(keep, int):
         return index[:, -keep:] if keep else index
-    chosen = keep.cpu().numpy()
-    if chosen.ndim == 1:
+    chosen = keep if isinstance(keep, slice) else torch.as_tensor(keep).cpu().numpy()
+    if isinstance(chosen, slice) or chosen.ndim == 1:
         kept: Int32 = index[:, chosen]
     elif chosen.dtype == bool:
-        kept = index[chosen][None]
+        kept = index[chosen]
     else:
         kept = np.take_along_axis(index, chosen, 1)
     return kept
+
+
+def _is_prepared(mask: Any) -> bool:
+    """Whether a mask is one of queries by keys, whatever holds it."""
+    if isinstance(mask, Tensor):
+        return mask.ndim > 2
+    return mask is not None and not isinstance(mask, (list, tuple, np.ndarray))
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """What `decoder` calls the cache that it takes. Raises UnsupportedModelError where it takes none."""
+    declared = inspect.signature(decoder.forward).parameters
+    for name in CACHE_NAMES:
+        if name in declared:
+            return name
+    raise UnsupportedModelError(f"{type(decoder).__name__} takes no cache, by none of the names {CACHE_NAMES}")
 
 
 def _graphs() -> "tuple[Graphs, int]":
@@ -411,30 +462,3 @@ def _graphs() -> "tuple[Graphs, int]":
     from radix_mlp.transformers.graphs import STEP, Graphs
 
     return Graphs(), STEP
-
-
-def _prove(model: PreTrainedModel) -> None:
-    """Compare the folded with the plain model on a few short sequences, padded on the left; raise where they differ."""
-    vocabulary = model.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (3, 12), generator=generator)
-    ids[1:, :6] = ids[0, :6]
-    folding: Folding = getattr(model, ATTRIBUTE)
-    training = model.training
-    model.train(mode=False)
-    ids = ids.to(folding.decoder.device)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    try:
-        with torch.no_grad():
-            folded_states = folding.decoder(input_ids=ids, attention_mask=mask)[0].float()
-            plain_states = folding.run_decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0].float()
-    finally:
-        model.train(training)
-    difference = ((folded_states - plain_states)[mask.bool()].norm() / plain_states[mask.bool()].norm()).item()
-    limit = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
-    if not difference < limit:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be folded: on a test batch the states of the folded model differ from its "
-            f"own by {difference:.1e} of their norm. Its type, {model.config.model_type}, is none that the tests cover"
-        )

@@ -1,10 +1,12 @@
 """The loss of a folded model in training, on the trie: no logits of the whole batch."""
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from radix_mlp.torch.eager import eager
 from radix_mlp.torch.logits import Head
@@ -14,12 +16,19 @@ from radix_mlp.transformers.batch import Batch, packed_values
 
 def lm_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head of `model`; None where what makes logits, or the loss, is more than is known here."""
+    if model.config.model_type in OWN_LOGITS or model.loss_function is not ForCausalLMLoss:
+        return None
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # FSDP2 makes a subclass; others, and who puts a forward on the module itself, have a forward of their own.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return None
-    return head if model.config.model_type not in OWN_LOGITS and model.loss_type == "ForCausalLM" else None
+    # What sees logits would be given the loss; FSDP2 looks at neither.
+    own = all(hook.__module__.startswith("torch.distributed.") for hook in head._forward_hooks.values())
+    return head if own else None
 
+
+# One thread at a time: others that train the same model would compute each other's loss.
+HEAD_FORWARD = threading.Lock()
 
 # Types whose forward changes the head's input or its logits in a way of their own.
 OWN_LOGITS = {"minicpm3", "modernbert-decoder"}
@@ -75,9 +84,10 @@ def folded_loss(
         return cross_entropy(states, parameters, batch.fold, labels, ignore_index=ignore_index, reduction=reduction)
 
     # As the head's own forward, within its hooks: FSDP2 gathers a head that it shards by itself there.
-    head.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        loss: Tensor = head(hidden[0])
-    finally:
-        del head.forward
+    with HEAD_FORWARD:
+        head.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            loss: Tensor = head(hidden[0])
+        finally:
+            del head.forward
     return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -1,8 +1,10 @@
 """Which models can be folded, and why others cannot."""
 
 import inspect
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
@@ -16,6 +18,10 @@ PROVEN = frozenset(
     persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2 vaultgemma
     """.split()  # noqa: SIM905
 )
+# Where transformers' own models are.
+MODELS = "transformers.models."
+# What transformers calls its own attention functions.
+OWN_ATTENTION = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 FOLDED_LAYERS = {"full_attention", "sliding_attention"}
 # With rotary embeddings, but norms behind them or a scale by position.
 ABSOLUTE = {"hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"}
@@ -52,9 +58,46 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be folded: {reason}")
 
 
-def refuse_dropout(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError where `model` draws random numbers, by dropout or by noise: copies share theirs."""
-    if not model.training:
+def is_proven(model: PreTrainedModel) -> bool:
+    """Whether the tests fold such a model: its type, with transformers' own code for it and its own attention."""
+    classes = [_without_fsdp(type(model)), _without_fsdp(type(model.base_model))]
+    own = all(kind.__module__.startswith(MODELS) for kind in classes)
+    return own and model.config.model_type in PROVEN and (model.config._attn_implementation or "eager") in OWN_ATTENTION
+
+
+def has_own_forward(model: PreTrainedModel) -> bool:
+    """Whether the forward of `model` is transformers' own."""
+    return type(model).forward.__module__.startswith(MODELS)
+
+
+def has_lm_head(model: PreTrainedModel) -> bool:
+    """Whether `model` is more than its decoder, and makes logits of its states."""
+    return model is not model.base_model and "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def embeddings_of(model: PreTrainedModel) -> tuple[Tensor, torch.device]:
+    """The embeddings of tokens, and the device on which they are looked up: accelerate may keep them elsewhere."""
+    module: Any = model.get_input_embeddings()
+    weight: Tensor = next(module.parameters())
+    return weight, torch.device(module._hf_hook.execution_device) if weight.is_meta else weight.device
+
+
+def _without_fsdp(kind: type) -> type:
+    """FSDP2 makes a subclass."""
+    return next(each for each in kind.__mro__ if not each.__module__.startswith("torch.distributed."))
+
+
+def drawing_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """What of `model` draws random numbers where it trains."""
+    return [module for module in model.modules() if _randomness(module) is not None]
+
+
+def refuse_dropout(model: PreTrainedModel, drawing: list[nn.Module]) -> None:
+    """Raises UnsupportedModelError where `model` draws random numbers, by dropout or by noise: copies share theirs.
+
+    In evaluation only `drawing_modules` are asked: there are few, if any, and most calls come in evaluation.
+    """
+    if not model.training and not any(module.training for module in drawing):
         return
     if model.config.model_type in RANDOM_ROUTING:
         raise UnsupportedModelError(
