@@ -3,7 +3,7 @@
 from typing import Any
 
 from gpu_forward.checks import missed
-from gpu_training.targets import gradient_targets, targets
+from gpu_training.targets import SHARE, gradient_targets, targets
 from steady import method, names
 
 Row = dict[str, Any]
@@ -41,7 +41,7 @@ def section(result: Row) -> str:
         cells = [row["batch"], row["loss"], row["shape"].removeprefix("qwen3-").upper(), *fewer]
         lines.append(f"| {' | '.join([*cells, *speeds, peaks])} |")
     rows = result["rows"]
-    texts = [checkpointed(rows), method(rows), shapes(rows), missed(targets(rows))]
+    texts = [checkpointed(rows), method(rows), shapes(rows), uncompiled(rows), missed(targets(rows))]
     return "\n\n".join([intro, "\n".join(lines), *texts])
 
 
@@ -60,6 +60,23 @@ def shapes(rows: list[Row]) -> str:
         for shape, own in sorted(seen.items())
     ]
     return f"Folded steps on 20 batches that all differ in shape, checkpointed: {'; '.join(told)}."
+
+
+def uncompiled(rows: list[Row]) -> str:
+    """What targets, which compare the fastest of both sides, do not tell of steps without compiled layers."""
+    told = []
+    for loss, share in SHARE.items():
+        own = [row for row in rows if row["loss"] == loss and "full" in row["speedup"]]
+        if own:
+            least = min(own, key=lambda row: row["speedup"]["full"] / row["compression"])
+            value = least["speedup"]["full"] / least["compression"]
+            told.append(
+                f"{value:.3f} with the loss on {loss}, where {share} is asked ({least['shape']}, {least['batch']})"
+            )
+    return (
+        "Targets compare the fastest folded with the fastest unfolded step. `full` over `none`, neither compiled, has "
+        f"of compression at least {'; '.join(told)}."
+    )
 
 
 def gradients(result: Row) -> str:

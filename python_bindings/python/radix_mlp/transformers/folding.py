@@ -77,8 +77,9 @@ def fold(
     number of rows, in steps of 128, is captured when it first comes, with what `torch.compile` made of its layers.
 
     In training mode, with `labels`, the loss is that of `radix_mlp.torch.cross_entropy`: the vocabulary's logits
-    exist for a chunk of nodes at a time, and `logits` of the result is None. Labels behind padding count nothing, in
-    evaluation either.
+    exist for a chunk of nodes at a time, and `logits` of the result is None; where no label counts it is 0. A loss
+    function of your own, hooks on the head and a forward put around the model's are given all logits. Labels behind
+    padding count nothing, in evaluation either.
     Active dropout or noise is refused, as copies of a token would draw different values, unless `allow_dropout` says
     that they may share theirs; dropout within attention is refused always.
 
