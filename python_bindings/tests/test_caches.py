@@ -1,6 +1,7 @@
 """Folded models that fill caches, and what decodes from them."""
 
 import inspect
+import sys
 import threading
 from typing import Any
 
@@ -83,8 +84,14 @@ def test_threads_train_one_model() -> None:
                 failures.append(error)
 
     threads = [threading.Thread(target=train, args=(own,)) for own in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    # So often that they meet at every place.
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert not failures

@@ -20,7 +20,9 @@ def lm_head(model: PreTrainedModel) -> nn.Linear | None:
         return None
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # FSDP2 makes a subclass; others, and who puts a forward on the module itself, have a forward of their own.
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+    with HEAD_FORWARD:
+        has_own = type(head).forward is not nn.Linear.forward or "forward" in vars(head)
+    if not isinstance(head, nn.Linear) or has_own:
         return None
     # What sees logits would be given the loss; FSDP2 looks at neither.
     own = all(hook.__module__.startswith("torch.distributed.") for hook in head._forward_hooks.values())
