@@ -1,5 +1,6 @@
 """Models with code, a loss or attention of a user's own: folded to the same numbers, or refused."""
 
+import copy
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models import EXPERTS, NO_DROPOUT, TINY
 from radix_mlp.transformers import UnsupportedModelError, fold
-from radix_mlp.transformers.folding import CACHE_NAMES
+from radix_mlp.transformers.folding import CACHE_NAMES, is_folded
 from tiny import SIZES, assert_close, make, padded
 
 
@@ -65,6 +66,13 @@ class Unnamed(Qwen3Model):  # type: ignore[no-untyped-call]
         return super().forward(*args, position_ids=position_ids, **kwargs)
 
 
+class OwnPositions(Qwen3Model):  # type: ignore[no-untyped-call]
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        rotary = self.rotary_emb.forward
+        self.rotary_emb.forward = lambda x, positions: rotary(x, torch.arange(x.shape[1])[None])
+
+
 class OwnLoss(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
     def forward(self, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
@@ -73,11 +81,25 @@ class OwnLoss(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
         return output
 
 
-def test_a_subclass_that_sees_what_follows_is_refused() -> None:
-    model = made(Bidirectional)
+class LossInTraining(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
+    def forward(self, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        output = super().forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        if labels is not None and self.training:
+            output.loss = output.loss + 1
+        return output
+
+
+class SameLoss(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
+    def forward(self, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        return super().forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Bidirectional, OwnPositions])
+def test_a_subclass_that_computes_something_else_is_refused(kind: type) -> None:
+    model = made(kind)
     with pytest.raises(UnsupportedModelError, match="differ from its own"):
         fold(model)
-    assert "forward" not in vars(model)
+    assert not is_folded(model)
 
 
 @torch.no_grad()
@@ -144,19 +166,12 @@ def hook_before_head(model: Any) -> None:
     model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
 
 
-@pytest.mark.parametrize("change", [own_loss, hook_on_head, hook_before_head])
-def test_a_users_loss_and_logits_are_trained_on(change: Any) -> None:
-    batch = padded("right")
-    labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
-    plain, model = make().train(), make().train()
+@pytest.mark.parametrize(("change", "whole"), [(own_loss, True), (hook_on_head, True), (hook_before_head, False)])
+def test_a_users_loss_and_logits_are_trained_on(change: Any, whole: bool) -> None:
+    plain, model = make(), make()
     change(plain)
     change(model)
-    fold(model)
-    expected, found = plain(**batch, labels=labels).loss, model(**batch, labels=labels).loss
-    expected.backward()
-    found.backward()
-    assert_close(found, expected)
-    assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+    assert_trained(plain, fold(model), whole=whole)
 
 
 def test_a_forward_around_the_models_own_runs_in_training() -> None:
@@ -177,22 +192,58 @@ def test_a_forward_around_the_models_own_runs_in_training() -> None:
     assert calls == [1]
 
 
+@pytest.mark.parametrize("kind", [OwnLoss, LossInTraining])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_loss_in_a_forward_of_its_own_is_refused(training: bool, batch: dict[str, Tensor]) -> None:
-    plain, model = made(OwnLoss), fold(made(OwnLoss).train(training))
+def test_a_loss_in_a_forward_of_its_own_is_refused(training: bool, kind: type, batch: dict[str, Tensor]) -> None:
+    plain, model = made(kind), fold(made(kind).train(training))
     kept = batch["attention_mask"].bool()
     assert_close(model(**batch).logits[kept], plain(**batch).logits[kept])
-    with pytest.raises(ValueError, match="OwnLoss has a forward of its own, whose loss folding does not know"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} computes a loss that folding does not know: pass no labels"):
         model(**batch, labels=batch["input_ids"])
 
 
-def test_a_type_whose_loss_is_none_that_is_known() -> None:
+def test_a_loss_that_is_put_into_transformers_own_class_is_refused(
+    monkeypatch: pytest.MonkeyPatch, batch: dict[str, Tensor]
+) -> None:
+    own = Qwen3ForCausalLM.forward
+
+    def forward(self: Any, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        output = own(self, *args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        output.loss = None if labels is None else 2 * output.loss
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", forward)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM computes a loss that folding does not know"):
+        fold(made(Qwen3ForCausalLM))(**batch, labels=batch["input_ids"])
+
+
+def test_dropout_is_no_difference(batch: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    model: Any = fold(SameLoss(Qwen3Config(**SIZES, attention_dropout=0.5)).train())
+    assert model.eval()(**batch, labels=batch["input_ids"]).loss > 0
+
+
+def test_the_models_loss_in_a_forward_of_its_own_makes_no_logits() -> None:
+    """As kernels of others put one into a class."""
+    assert_trained(made(SameLoss), fold(made(SameLoss)), whole=False)
+
+
+def test_a_type_whose_loss_is_none_that_is_known_is_trained_on_its_logits() -> None:
     """HyperCLOVA X multiplies logits by what others divide them by."""
     pytest.importorskip("transformers.models.hyperclovax")
     config = AutoConfig.for_model("hyperclovax", **TINY, **NO_DROPOUT, logits_scaling=4.0)
     model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    with pytest.raises(UnsupportedModelError, match="differ from its own"):
-        fold(model)
+    assert_trained(model, fold(copy.deepcopy(model)), whole=True)
+
+
+def assert_trained(plain: Any, model: Any, *, whole: bool) -> None:
+    batch = padded("right")
+    labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    expected, output = plain.train()(**batch, labels=labels).loss, model.train()(**batch, labels=labels)
+    torch.autograd.backward([expected, output.loss])
+    assert_close(output.loss, expected)
+    assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+    assert (output.logits is not None) == whole
 
 
 def test_trying_a_type_out_leaves_its_modules_as_they_were() -> None:

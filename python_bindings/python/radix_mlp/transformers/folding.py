@@ -28,7 +28,6 @@ from radix_mlp.transformers.support import (
     embeddings_of,
     find_model,
     has_lm_head,
-    has_own_forward,
     is_proven,
     refuse_dropout,
     refuse_padding,
@@ -90,8 +89,8 @@ def fold(
     within the model see compact rows. A copy of a folded model is one of its own.
 
     Raises UnsupportedModelError, with the reason, where folding would change the model's results. A type of
-    model that the tests do not cover, a class of your own or one that attends by your own function is first run both
-    ways on a small batch, and refused if they differ.
+    model that the tests do not cover, a class or forward of your own or one that attends by your own function is first
+    run both ways on a small batch, and refused if they differ; if their losses do, so are labels.
     """
     target = find_model(model)
     if level not in get_args(Level):
@@ -179,6 +178,8 @@ class Folding:
         self.drawing = drawing_modules(model)
         self.layers: int = model.config.num_hidden_layers
         self.cache_name = _cache_name(self.decoder)
+        # Whether the model's loss is that of `train_step`, and whether it is its loss function's; `prove` finds out.
+        self.fuses_loss = self.knows_loss = True
         self.graphs: Graphs | None = None
         self.row_multiple: int | None = None
         if cuda_graphs:
@@ -210,8 +211,8 @@ class Folding:
         self.model.config._attn_implementation = self.implementation
 
     def lm_head(self) -> nn.Linear | None:
-        """That of the model, but where others have put a forward on it, which must run."""
-        return lm_head(self.model) if self.wrapped[-1] is None else None
+        """That of the model, but where others have put a forward on it, which must run, or another loss into it."""
+        return lm_head(self.model) if self.fuses_loss and self.wrapped[-1] is None else None
 
     def run(self, module: nn.Module, call: dict[str, Any]) -> ModelOutput:
         """The outputs of `module`, the decoder or the model, for a padded or packed call."""
@@ -228,10 +229,10 @@ class Folding:
     def _predict(self, call: dict[str, Any]) -> ModelOutput:
         """The outputs of a model with an LM head, which also runs once a row."""
         labels, keep = call.pop("labels", None), call.pop("logits_to_keep", 0)
-        if labels is not None and not has_own_forward(self.model):
+        if labels is not None and not self.knows_loss:
             raise ValueError(
-                f"{type(self.model).__name__} has a forward of its own, whose loss folding does not know: pass no "
-                "labels, and take the loss from its logits"
+                f"{type(self.model).__name__} computes a loss that folding does not know: pass no labels, and take the "
+                "loss from its logits"
             )
         options = {name: call.pop(name) for name in LOSS_OPTIONS if name in call}
         if labels is not None and self.model.training and (head := self.lm_head()) is not None:

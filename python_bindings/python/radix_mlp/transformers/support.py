@@ -60,14 +60,9 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 def is_proven(model: PreTrainedModel) -> bool:
     """Whether the tests fold such a model: its type, with transformers' own code for it and its own attention."""
-    classes = [_without_fsdp(type(model)), _without_fsdp(type(model.base_model))]
-    own = all(kind.__module__.startswith(MODELS) for kind in classes)
+    classes = [_without_fsdp(type(each)) for each in (model, model.base_model)]
+    own = all(code.__module__.startswith(MODELS) for kind in classes for code in (kind, kind.forward))
     return own and model.config.model_type in PROVEN and (model.config._attn_implementation or "eager") in OWN_ATTENTION
-
-
-def has_own_forward(model: PreTrainedModel) -> bool:
-    """Whether the forward of `model` is transformers' own."""
-    return type(model).forward.__module__.startswith(MODELS)
 
 
 def has_lm_head(model: PreTrainedModel) -> bool:
@@ -82,7 +77,7 @@ def embeddings_of(model: PreTrainedModel) -> tuple[Tensor, torch.device]:
     return weight, torch.device(module._hf_hook.execution_device) if weight.is_meta else weight.device
 
 
-def _without_fsdp(kind: type) -> type:
+def _without_fsdp(kind: type) -> Any:
     """FSDP2 makes a subclass."""
     return next(each for each in kind.__mro__ if not each.__module__.startswith("torch.distributed."))
 
