@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radix_mlp import Fold
 from radix_mlp.torch import attention, pick_backend, walks
+from radix_mlp.torch.dispatch import attended
 from radix_mlp.torch.flash import Gather, varlen
 from radix_mlp.torch.sequential import MAX_SCORES, paths
 
@@ -282,7 +283,8 @@ def test_cpu_takes_the_exact_path() -> None:
         ({"k": (4, 16)}, r"k must be \[4, heads, head_dim\]"),
         ({"q": (4, 3, 8)}, "heads of q a multiple"),
         ({"k": (4, 2, 16), "v": (4, 2, 16)}, "heads of q a multiple"),
-        ({"window": 0}, "window must be positive, got 0"),
+        ({"window": 0}, "window must be a positive integer, got 0"),
+        ({"window": 2.5}, r"window must be a positive integer, got 2\.5"),
         ({"scale": math.nan}, "scale must be positive, got nan"),
         ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
         ({"softcap": math.inf}, "softcap must be positive, got inf"),
@@ -299,6 +301,13 @@ def test_errors_name_what_is_wrong(change: Options, message: str) -> None:
     q, k, v = (torch.zeros(shape, device=DEVICE) for shape in shapes.values())
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, fold, **options)
+    assert not attended(fold)
+
+
+def test_what_is_no_fold_is_named() -> None:
+    q = torch.zeros(4, 2, 8, device=DEVICE)
+    with pytest.raises(TypeError, match="fold must be a Fold or the tensor that stands for one, got NoneType"):
+        attention(q, q, q, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is CUDA")

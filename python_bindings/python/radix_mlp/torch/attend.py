@@ -54,7 +54,7 @@ def attention(
       Any device and dtype.
     - None picks the one that the measured cost model (`pick_backend`) expects to be fastest.
 
-    Raises ValueError for shapes, devices or options that do not go together.
+    Raises ValueError for shapes, devices or options that do not go together, TypeError for what is no fold.
     """
     if isinstance(fold, Tensor):
         if torch.compiler.is_compiling():
@@ -76,9 +76,9 @@ def _attend(
     window: int | None,
     backend: Backend | None,
 ) -> Tensor:
-    attended(fold)[window] += 1
     scale, training = softmax_scale(q, scale), has_gradients(q, k, v)
     backend = choose(q, k, v, fold, scale, softcap, window, backend, training=training)
+    attended(fold)[window] += 1
     if fold.num_nodes == 0:
         return q.new_zeros(*q.shape[:2], v.shape[-1])
     if backend == "tree":

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -42,13 +43,18 @@ def choose(
     *,
     training: bool,
 ) -> Backend:
-    """The `backend` that was asked for, or the one to pick. Raises ValueError for what does not go together."""
+    """The `backend` that was asked for, or the one to pick.
+
+    Raises ValueError for what does not go together, TypeError for what is no fold.
+    """
+    if not isinstance(fold, Fold):
+        raise TypeError(f"fold must be a Fold or the tensor that stands for one, got {type(fold).__name__}")
     _check(q, k, v, fold)
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be positive, got {window}")
+    if window is not None and not (isinstance(window, Integral) and window > 0):
+        raise ValueError(f"window must be a positive integer, got {window}")
     if backend is None:
         return _pick(q, k, v, fold, softcap, window, training=training)
     if backend not in get_args(Backend):

@@ -26,8 +26,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The output, and where `training` what its backend wants of the softmax: [heads, rows], float32."""
     fold, scale = handled(handle), softmax_scale(q, scale)
-    attended(fold)[window] += 1
     chosen = choose(q, k, v, fold, scale, softcap, window, cast("Backend | None", backend), training=training)
+    attended(fold)[window] += 1
     if chosen == "tree" and fold.num_nodes:
         from radix_mlp.torch.tree import tree_forward
 
