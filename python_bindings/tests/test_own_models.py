@@ -12,9 +12,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Q
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from models import EXPERTS, NO_DROPOUT, TINY
+from models import EXPERTS, FAMILIES, NO_DROPOUT, TINY
 from radix_mlp.transformers import UnsupportedModelError, fold
 from radix_mlp.transformers.folding import CACHE_NAMES, is_folded
+from radix_mlp.transformers.support import is_proven
 from tiny import SIZES, assert_close, make, padded
 
 
@@ -92,6 +93,13 @@ class LossInTraining(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
 class SameLoss(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
     def forward(self, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         return super().forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_the_tests_cover_is_not_tried(family: Any) -> None:
+    model = family.model()
+    assert is_proven(model)
+    assert is_proven(model.base_model)
 
 
 @pytest.mark.parametrize("kind", [Bidirectional, OwnPositions])

@@ -18,8 +18,8 @@ PROVEN = frozenset(
     persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2 vaultgemma
     """.split()  # noqa: SIM905
 )
-# Where transformers' own models are.
-MODELS = "transformers.models."
+# Where transformers' own code is; what comes with a checkpoint is in transformers_modules.
+OWN_CODE = "transformers."
 # What transformers calls its own attention functions.
 OWN_ATTENTION = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 FOLDED_LAYERS = {"full_attention", "sliding_attention"}
@@ -61,7 +61,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 def is_proven(model: PreTrainedModel) -> bool:
     """Whether the tests fold such a model: its type, with transformers' own code for it and its own attention."""
     classes = [_without_fsdp(type(each)) for each in (model, model.base_model)]
-    own = all(code.__module__.startswith(MODELS) for kind in classes for code in (kind, kind.forward))
+    own = all(code.__module__.startswith(OWN_CODE) for kind in classes for code in (kind, kind.forward))
     return own and model.config.model_type in PROVEN and (model.config._attn_implementation or "eager") in OWN_ATTENTION
 
 
