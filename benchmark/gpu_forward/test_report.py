@@ -78,7 +78,9 @@ def test_training() -> None:
         "loss_value": {},
         "seconds_of_shapes": {"first": 8.0, "median": 0.2, "slowest later": 0.4},
     }
-    text = section({"hardware": {"gpu": "a GPU"}, "rows": [row]})
+    better = row | {"batch": "2 x 8", "speedup": {"none": 1.0, "full": 2.3}}
+    text = section({"hardware": {"gpu": "a GPU"}, "rows": [row, better]})
     assert "| 4 x 8 | all | 4B | 2.40 | 2.30 | 2.00 | 65.0 → 26.0 |" in text
     assert "in shape, checkpointed: 4B 8.0 s for the first, which compiles the kernels, 0.20 s in the median" in text
     assert "Missed: qwen3-4b, loss on all: speed-up as a share of compression: 0.8333 where ≥ 0.95" in text
+    assert "has of compression at least 0.833 with the loss on all, where 0.95 is asked (qwen3-4b, 4 x 8)." in text

@@ -1,9 +1,7 @@
 """The fold over NumPy arrays and lists, against the naive fold."""
 
-import copy
 import gc
 import itertools
-import pickle
 import re
 import threading
 from typing import Any
@@ -162,28 +160,6 @@ def test_int64_folds_as_uint32(batch: Batch, layout: Any, counted: bool, salted:
     )
     for name in ("input_ids", "position_ids", "scatter_indices", "fold_gather", "query_lengths", "subtree_end"):
         np.testing.assert_array_equal(getattr(wide, name), getattr(narrow, name), strict=True)
-
-
-ARRAYS = (
-    "input_ids",
-    "position_ids",
-    "scatter_indices",
-    "fold_gather",
-    "cu_seq_lengths",
-    "query_lengths",
-    "subtree_end",
-    "row_order",
-)
-
-
-@given(batches(), paddings, st.sampled_from(["first_occurrence", "depth_first"]), st.booleans())
-def test_copies_are_equal(batch: Batch, pad_multiple_of: int | None, layout: Any, salted: bool) -> None:
-    salts = batch.salts if salted else None
-    fold = Fold(*batch.arrays(), layout=layout, pad_multiple_of=pad_multiple_of, salts=salts)
-    for other in (pickle.loads(pickle.dumps(fold)), copy.deepcopy(fold)):
-        assert repr(other) == repr(fold)
-        for name in ARRAYS:
-            np.testing.assert_array_equal(getattr(other, name), getattr(fold, name))
 
 
 def test_int64_reaches_the_core_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:

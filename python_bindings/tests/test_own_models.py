@@ -24,23 +24,6 @@ def made(kind: type) -> Any:
     return kind(Qwen3Config(**SIZES)).train(mode=False)
 
 
-class Bidirectional(Qwen3Model):  # type: ignore[no-untyped-call]
-    """As embedders that are made of decoders: the mask alone is changed."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
-        **options: Any,
-    ) -> Any:
-        if attention_mask is not None and attention_mask.ndim == 2:
-            length = attention_mask.shape[1]
-            attention_mask = attention_mask.bool()[:, None, None].expand(-1, 1, length, length)
-        return super().forward(input_ids, attention_mask, position_ids, **options)
-
-
 class Renamed(Qwen3Model):  # type: ignore[no-untyped-call]
     """Whose other arguments are not called kwargs."""
 
@@ -52,7 +35,19 @@ class Renamed(Qwen3Model):  # type: ignore[no-untyped-call]
         past_key_values: Any = None,
         **options: Any,
     ) -> Any:
-        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **options)
+        return super().forward(input_ids, self.mask(attention_mask), position_ids, past_key_values, **options)
+
+    def mask(self, mask: Any) -> Any:
+        return mask
+
+
+class Bidirectional(Renamed):  # type: ignore[no-untyped-call]
+    """As embedders that are made of decoders: the mask alone is changed."""
+
+    def mask(self, mask: Any) -> Any:
+        if mask is None or mask.ndim > 2:
+            return mask
+        return mask.bool()[:, None, None].expand(-1, 1, mask.shape[1], -1)
 
 
 class WithoutCache(Qwen3Model):  # type: ignore[no-untyped-call]
@@ -174,7 +169,14 @@ def hook_before_head(model: Any) -> None:
     model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
 
 
-@pytest.mark.parametrize(("change", "whole"), [(own_loss, True), (hook_on_head, True), (hook_before_head, False)])
+def untold_head(model: Any) -> None:
+    model.get_output_embeddings = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("change", "whole"),
+    [(own_loss, True), (hook_on_head, True), (hook_before_head, False), (untold_head, True)],
+)
 def test_a_users_loss_and_logits_are_trained_on(change: Any, whole: bool) -> None:
     plain, model = make(), make()
     change(plain)

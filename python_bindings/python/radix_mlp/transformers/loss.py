@@ -13,27 +13,27 @@ from radix_mlp.torch.logits import Head
 from radix_mlp.torch.loss import Reduction, cross_entropy
 from radix_mlp.transformers.batch import Batch, packed_values
 
-
-def lm_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The head of `model`; None where what makes logits, or the loss, is more than is known here."""
-    if model.config.model_type in OWN_LOGITS or model.loss_function is not ForCausalLMLoss:
-        return None
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    # FSDP2 makes a subclass; others, and who puts a forward on the module itself, have a forward of their own.
-    with HEAD_FORWARD:
-        has_own = type(head).forward is not nn.Linear.forward or "forward" in vars(head)
-    if not isinstance(head, nn.Linear) or has_own:
-        return None
-    # What sees logits would be given the loss; FSDP2 looks at neither.
-    own = all(hook.__module__.startswith("torch.distributed.") for hook in head._forward_hooks.values())
-    return head if own else None
-
-
 # One thread at a time: others that train the same model would compute each other's loss.
 HEAD_FORWARD = threading.Lock()
 
 # Types whose forward changes the head's input or its logits in a way of their own.
 OWN_LOGITS = {"minicpm3", "modernbert-decoder"}
+
+
+def lm_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head of `model`; None where what makes logits, or the loss, is more than is known here."""
+    if model.config.model_type in OWN_LOGITS or model.loss_function is not ForCausalLMLoss:
+        return None
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    # FSDP2 makes a subclass; others, and who puts a forward on the module itself, have a forward of their own.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    with HEAD_FORWARD:
+        if "forward" in vars(head):
+            return None
+    # Who looks at logits would be given the loss; FSDP2 looks at neither.
+    known = all(hook.__module__.startswith("torch.distributed.") for hook in head._forward_hooks.values())
+    return head if known else None
 
 
 @eager
